@@ -1,0 +1,1 @@
+"""What is on disk: pack, unpack (the oracle) and measured bits, one module per format."""

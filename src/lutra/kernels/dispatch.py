@@ -1,0 +1,123 @@
+"""Choose the kernel that multiplies a bit-plane weight, and say why.
+
+A kernel is a class with `supports`, `prepare`, `restore` and `linear`. The choice depends on facts
+only (device, shape, instruction set), is logged once for each reason, and never changes what the
+stored weights mean. ``LUTRA_KERNEL=name`` forces one by name and fails if it cannot run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lutra.errors import KernelError
+from lutra.formats.bitplanes import BitPlanes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a kernel needs to know of a layer before it sees its tensors.
+
+    Attributes:
+        out_features, in_features: shape of the weight.
+        bits: planes that are multiplied.
+        group_size: inputs per group (``>= in_features`` means one group per row).
+        uniform: one stored scale per group; plane q has ``scale / 2^q``.
+        device: where the weights lie.
+        dtype: dtype of the activations.
+    """
+
+    out_features: int
+    in_features: int
+    bits: int
+    group_size: int
+    uniform: bool
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Kernel(ABC):
+    """One way to compute ``x @ weight.T + bias`` from bit planes."""
+
+    name: str
+
+    @abstractmethod
+    def supports(self, spec: LinearSpec) -> str | None:
+        """None if the kernel can run this layer here, else the reason why not, in words."""
+
+    @abstractmethod
+    def prepare(self, weight: BitPlanes, spec: LinearSpec) -> list[Tensor]:
+        """Tensors in the kernel's own layout, of about the size of the stored ones."""
+
+    @abstractmethod
+    def restore(self, prepared: list[Tensor], spec: LinearSpec) -> BitPlanes:
+        """Inverse of :meth:`prepare`, bit for bit, so that a loaded model can be saved again."""
+
+    @abstractmethod
+    def linear(
+        self, x: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: LinearSpec
+    ) -> Tensor:
+        """``x`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and the reason for it, for logs and ``lutra inspect --kernels``."""
+
+    kernel: Kernel
+    reason: str
+
+
+@cache
+def kernels() -> tuple[Kernel, ...]:
+    """All kernels of this installation, fastest first; the reference is last and takes anything."""
+    from lutra.kernels.reference import ReferenceKernel
+
+    found: list[Kernel] = []
+    for module in ("lutra.kernels.cuda", "lutra.kernels.cpu"):
+        import importlib
+
+        found.extend(importlib.import_module(module).kernels())
+    return (*found, ReferenceKernel())
+
+
+@cache
+def choose(spec: LinearSpec) -> Choice:
+    """The first kernel that supports ``spec``; the reason lists those passed over.
+
+    Raises:
+        KernelError: ``LUTRA_KERNEL`` names a kernel that does not exist or cannot run ``spec``.
+    """
+    forced = os.environ.get("LUTRA_KERNEL")
+    if forced:
+        for kernel in kernels():
+            if kernel.name == forced:
+                refusal = kernel.supports(spec)
+                if refusal:
+                    raise KernelError(f"LUTRA_KERNEL={forced} cannot run {spec}: {refusal}")
+                return Choice(kernel, f"forced by LUTRA_KERNEL={forced}")
+        names = ", ".join(k.name for k in kernels())
+        raise KernelError(f"LUTRA_KERNEL={forced}: no such kernel; there are {names}")
+    passed_over = []
+    for kernel in kernels():
+        refusal = kernel.supports(spec)
+        if refusal is None:
+            reason = "; ".join(passed_over) or "fastest available"
+            if passed_over:
+                _log_once(f"kernel {kernel.name} on {spec.device.type}: {reason}")
+            return Choice(kernel, reason)
+        passed_over.append(f"{kernel.name}: {refusal}")
+    raise AssertionError("the reference kernel supports everything")
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,177 @@
+"""The module that stands in a model for a quantized linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lutra.kernels.ops  # noqa: F401  (registers the ops)
+from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
+from lutra.formats.grouped import Grouped
+from lutra.kernels.dispatch import Choice, LinearSpec, choose
+from lutra.scheme import Format
+
+
+class QuantizedLinear(nn.Module):
+    """``y = x @ unpack(weight).T + bias``, multiplied from the packed weight by a kernel.
+
+    The parameters carry the names and shapes of the checkpoint (``weight`` int32 ``[bits, out,
+    ceil(in / 32)]`` and companions ``weight_*``). :meth:`prepare` hands them to the kernel of the
+    device, in the kernel's own layout, and frees them; ``state_dict`` gives the stored form back.
+
+    Args:
+        in_features, out_features: shape of the layer.
+        format: storage format, for example ``Format.parse("bcq3g128")``.
+        bias: whether the layer has a bias.
+        dtype: dtype of the bias.
+    """
+
+    # transformers >= 5.21 hands tensor-parallel modules DTensors unless they ask for local ones.
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self, in_features: int, out_features: int, format: Format, bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.group_size = format.group_size_for(in_features)
+        self.served_bits = format.bits
+        groups = groups_per_row(in_features, self.group_size)
+
+        def parameter(shape: tuple[int, ...], dtype: torch.dtype | None) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+        scale_dtype = format.scale_dtype
+        words = words_per_row(in_features)
+        self.weight = parameter((format.bits, out_features, words), torch.int32)
+        scales = format.bits if format.kind == "bcq" else 1
+        self.weight_scale = parameter((scales, out_features, groups), scale_dtype)
+        if format.kind == "int":
+            self.weight_zero_point = parameter((out_features, groups), torch.uint8)
+        else:
+            self.weight_offset = parameter((out_features, groups), scale_dtype)
+        for bits in format.serve_bits:
+            served = bits if format.kind == "bcq" else 1
+            shape = (served, out_features, groups)
+            self.register_parameter(f"weight_scale_{bits}bit", parameter(shape, scale_dtype))
+            shape = (out_features, groups)
+            self.register_parameter(f"weight_offset_{bits}bit", parameter(shape, scale_dtype))
+        self.bias = parameter((out_features,), dtype) if bias else None
+        self._stored_names = [n for n in self._parameters if n.startswith("weight")]
+        self._choice: Choice | None = None
+        self._spec: LinearSpec | None = None
+        self._prepared: list[Tensor] = []
+
+    @classmethod
+    def from_weight(
+        cls, weight: BitPlanes | Grouped, format: Format, bias: Tensor | None = None
+    ) -> QuantizedLinear:
+        """A layer around a weight already packed."""
+        layer = cls(weight.in_features, weight.out_features, format, bias=False)
+        for name, tensor in weight.tensors().items():
+            setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    def stored(self) -> BitPlanes | Grouped:
+        """The weight in its stored form, whichever kernel holds it now."""
+        p = self._stored_parameters()
+        common = {"in_features": self.in_features, "group_size": self.group_size}
+        if self.format.kind == "int":
+            return Grouped(p["weight"], p["weight_scale"], p["weight_zero_point"], **common)
+        served = {
+            b: (p[f"weight_scale_{b}bit"], p[f"weight_offset_{b}bit"])
+            for b in self.format.serve_bits
+        }
+        scale, offset = p["weight_scale"], p["weight_offset"]
+        return BitPlanes(p["weight"], scale, offset, served=served or None, **common)
+
+    def bitplanes(self) -> BitPlanes:
+        """The weight that is multiplied: stored planes, cut to the bits that are served."""
+        stored = self.stored()
+        planes = stored.to_bitplanes() if isinstance(stored, Grouped) else stored
+        return planes.prefix(self.served_bits)
+
+    def serve(self, bits: int) -> None:
+        """Multiply with the first ``bits`` planes only, with the scales stored for them."""
+        if bits != self.format.bits and bits not in self.format.serve_bits:
+            allowed = sorted({*self.format.serve_bits, self.format.bits})
+            raise ValueError(f"this layer serves {allowed} bits, not {bits}")
+        self._release()
+        self.served_bits = bits
+
+    @property
+    def choice(self) -> Choice | None:
+        """The kernel in use and the reason for it; None before :meth:`prepare`."""
+        return self._choice
+
+    def prepare(self, dtype: torch.dtype) -> Choice:
+        """Choose the kernel for activations of ``dtype`` and give it the weight in its layout."""
+        self._release()
+        weight = self.bitplanes()
+        self._spec = LinearSpec(
+            self.out_features, self.in_features, weight.bits, self.group_size, weight.uniform,
+            weight.planes.device, dtype,
+        )
+        self._choice = choose(self._spec)
+        self._prepared = self._choice.kernel.prepare(weight, self._spec)
+        # Only a kernel that holds exactly the stored weight replaces it; otherwise both stay.
+        if self.format.kind != "int" and not self.format.serve_bits and self._owns_layout():
+            for name in self._stored_names:
+                self._parameters[name] = None
+        return self._choice
+
+    def _owns_layout(self) -> bool:
+        held = {t.data_ptr() for t in self._prepared}
+        return self.weight.data_ptr() not in held
+
+    def _stored_parameters(self) -> dict[str, Tensor]:
+        if self._parameters["weight"] is None:
+            assert self._choice is not None and self._spec is not None
+            return self._choice.kernel.restore(self._prepared, self._spec).tensors()
+        return {n: getattr(self, n).data for n in self._stored_names}
+
+    def _release(self) -> None:
+        """Back to stored parameters, before the device, dtype or served bits change."""
+        if self._choice is None:
+            return
+        for name, tensor in self._stored_parameters().items():
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self._choice, self._spec, self._prepared = None, None, []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self._release()
+        scales = {n: self._parameters[n] for n in self._stored_names if n != "weight"}
+        super()._apply(fn, recurse)
+        for name, before in scales.items():  # .half() and .to(dtype) must not round the scales
+            after = self._parameters[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                kept = before.data.to(after.device)
+                self._parameters[name] = nn.Parameter(kept, requires_grad=False)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._stored_parameters().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._choice is None or (self._spec is not None and self._spec.dtype != x.dtype):
+            self.prepare(x.dtype)
+        assert self._choice is not None and self._spec is not None
+        return self._choice.kernel.linear(x, self._prepared, self.bias, self._spec)
+
+    def extra_repr(self) -> str:
+        kernel = self._choice.kernel.name if self._choice else "not prepared"
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, {self.format}, {bias=}, kernel={kernel}"
