@@ -1,0 +1,717 @@
+"""A Hugging Face checkpoint folder: opened with every check that needs no weights, read by name.
+
+Nothing in the folder is trusted. Headers are checked before a tensor is read, an index can only
+name files of the folder itself, a link that leaves the folder is refused (a side file is copied
+into the output, which people publish), and pickles are read by torch's weights-only loader alone.
+
+Writing is in :mod:`lutra.formats.output`; the layout of our own files in ``docs/FORMAT.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lutra.errors import CheckpointError, SchemeError
+from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
+from lutra.formats.grouped import Grouped
+from lutra.formats.output import OutputFolder
+from lutra.formats.shard import DTYPE_NAMES, Header, TensorInfo, read_header, read_into, read_tensor
+from lutra.formats.shard import TORCH_DTYPES as TORCH_DTYPES  # part of this module's surface
+from lutra.scheme import Format, Scheme
+
+__all__ = [
+    "FORMAT_VERSION",
+    "OutputFolder",
+    "SourceCheckpoint",
+    "check_finite",
+    "load_layer",
+    "quantization_config",
+    "read_quantization_config",
+    "stored_tensor_shapes",
+]
+
+#: Version of the layout that this package writes. Readers accept it and every earlier one.
+FORMAT_VERSION = 1
+QUANT_METHOD = "lutra"
+
+WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
+# Names of packed tensors of GPTQ, AWQ, bitsandbytes and compressed-tensors.
+_PACKED_SUFFIXES = (
+    ".qweight", ".qzeros", ".weight_packed", ".weight_zero_point", ".absmax", ".quant_map", ".SCB",
+    ".weight_scale", ".weight_scale_inv", ".scales",
+)  # fmt: skip
+# Prefixes that a checkpoint carries or lacks, according to the class that saved it.
+_BASE_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = (
+    "model.embed_tokens.weight", "model.decoder.embed_tokens.weight",
+    "transformer.wte.weight", "gpt_neox.embed_in.weight",
+)  # fmt: skip
+_SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".py"}
+_SIDE_STEMS = ("license", "notice", "copying", "use_policy", "use-policy")
+_HUB_PATTERNS = [
+    "*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja",
+    "*.tiktoken", "*.bpe", "LICENSE*", "NOTICE*",
+]  # fmt: skip
+
+
+class SourceCheckpoint:
+    """A checkpoint on disk whose tensors are read one at a time.
+
+    Open with :meth:`open`. Names are those of the file; :meth:`resolve` finds the name in the file
+    for a name in the module tree.
+
+    Attributes:
+        path: the folder.
+        config: ``config.json`` as it is.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], shards: _Shards) -> None:
+        self.path = path
+        self.config = config
+        self._shards = shards
+
+    @classmethod
+    def open(cls, src: str | Path, *, quantized: bool = False) -> SourceCheckpoint:
+        """Open a folder, or a hub id such as ``org/name``, which is fetched into the hub's cache.
+
+        Everything that can be checked without reading weights is checked here.
+
+        Args:
+            src: a folder, or a hub id if no such path exists.
+            quantized: whether a quantized checkpoint is expected, as ``inspect`` and ``convert``
+                do. Otherwise one is refused, because quantizing again loses twice.
+
+        Raises:
+            CheckpointError: the folder, its config, index or a shard is missing, damaged, unsafe,
+                of an unsupported dtype or already quantized.
+        """
+        folder = _folder_of(src)
+        config = _read_config(folder)
+        if not quantized:
+            _refuse_quantized(folder, config)
+        weights = _find_weights(folder)
+        shards: _Shards
+        if weights.pickled:
+            warnings.warn(
+                f"{folder} holds pickled weights ({weights.files[0].name}). They are read with "
+                "torch's weights-only loader; prefer a safetensors version of the checkpoint.",
+                stacklevel=2,
+            )
+            shards = _PickledShards.open(weights)
+        else:
+            shards = _SafetensorsShards.open(weights)
+        if not shards.tensors:
+            raise CheckpointError(f"{folder} holds no tensors. Is the download complete?")
+        if not quantized:
+            _refuse_dtypes(folder, shards.tensors)
+        return cls(folder, config, shards)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._shards.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The tensor's dtype.
+
+        Raises:
+            CheckpointError: no such tensor, or a dtype that torch does not have.
+        """
+        info = self._info(name)
+        if info.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"tensor {name!r} of {self.path} has dtype {info.dtype}")
+        return TORCH_DTYPES[info.dtype]
+
+    def nbytes(self, name: str) -> int:
+        return self._info(name).nbytes
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._shards.tensors.values())
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own; nothing read before is held.
+
+        Raises:
+            CheckpointError: no such tensor, or the file can not be read.
+        """
+        self._info(name)
+        return self._shards.tensor(name)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows ``begin`` to ``end`` of a tensor: a part of an embedding, without the rest.
+
+        Raises:
+            CheckpointError: no such tensor, or the file can not be read.
+        """
+        shape = self._info(name).shape
+        if not shape or not 0 <= begin <= end <= shape[0]:
+            raise ValueError(f"rows {begin} to {end} are not in {name!r} of shape {list(shape)}")
+        return self._shards.rows(name, begin, end)
+
+    def resolve(self, name: str) -> str | None:
+        """The name in the file of a parameter named as in the module tree, or None.
+
+        A checkpoint saved from the base model lacks the prefix (``h.0...`` for
+        ``transformer.h.0...``) and one saved from a wrapper carries one more. A head that is not in
+        the file is the embedding, if the config ties them.
+        """
+        for candidate in _spellings(name):
+            if candidate in self:
+                return candidate
+        if name in _HEADS and self.config.get("tie_word_embeddings", True):
+            return self._embedding()
+        return None
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head shares the embedding's weight.
+
+        Where ``config.json`` says nothing, families differ; then the file decides: a checkpoint
+        without a head can only be tied.
+        """
+        tie = self.config.get("tie_word_embeddings")
+        if tie is not None:
+            return bool(tie)
+        has_head = any(c in self for head in _HEADS for c in _spellings(head))
+        return not has_head and self._embedding() is not None
+
+    def _embedding(self) -> str | None:
+        found = (c for name in _EMBEDDINGS for c in _spellings(name) if c in self)
+        return next(found, None)
+
+    def side_files(self) -> list[Path]:
+        """Files that travel with the weights: tokenizers, templates, configs, licences; sorted.
+
+        Not among them: weights, their index, ``config.json`` (which changes) and the model card
+        (which describes the original).
+        """
+        folders = [self.path, self.path / "additional_chat_templates"]
+        files = [f for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
+        return [_inside(self.path, f) for f in files if f.is_file() and _is_side_file(f.name)]
+
+    def fingerprint(self) -> str:
+        """SHA-256 that tells whether this is still the same checkpoint, in well under a second.
+
+        It covers ``config.json``, every shard's name and size, every byte of every header, and of
+        each tensor three samples of 4 KiB (its beginning, middle and end); times of change and the
+        folder's name are left out, so a copy has the same fingerprint. Any training changes nearly
+        every weight, so a sample is enough to tell another model; a file that was altered on
+        purpose between the samples is not noticed.
+        """
+        digest = hashlib.sha256()
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        for part in self._shards.identity():
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self._shards.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}") from None
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinite values.
+
+    Raises:
+        CheckpointError: names the tensor, how many values are bad and where the first one is.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # A sum is finite unless a value is not, or it overflows; the exact count only then.
+    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+        return
+    bad = ~torch.isfinite(tensor)
+    count = int(bad.sum())
+    if count:
+        first = [int(i) for i in bad.nonzero()[0]]
+        nans = int(torch.isnan(tensor).sum())
+        raise CheckpointError(
+            f"tensor {name!r} has {count:,} values that are not finite ({nans:,} NaN, "
+            f"{count - nans:,} infinite; the first at {first}). "
+            "The checkpoint is broken or overflowed in training; use an intact copy."
+        )
+
+
+# ---- finding the files
+
+
+@dataclass
+class _Weights:
+    """The files that hold the weights, and for each the tensors that an index promises there."""
+
+    folder: Path
+    files: list[Path]
+    promised: dict[str, str] = field(default_factory=dict)  # tensor name -> file name
+    index: Path | None = None
+    pickled: bool = False
+
+
+def _folder_of(src: str | Path) -> Path:
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{path} is a file. Give the folder that holds config.json and the weights."
+        )
+    text = str(src)
+    if isinstance(src, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a hub id.")
+    return _fetch(text)
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    problem: Exception
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{hub_id!r} is neither a folder nor a hub id (organisation/name): {error}"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        problem = error
+    first_line = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+    raise CheckpointError(
+        f"{hub_id!r} is not a folder here and could not be fetched from the hub ({first_line}). "
+        "Check the name and the connection, log in if the model is gated (`hf auth login`), "
+        "or download it elsewhere and give its folder."
+    ) from problem
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """``path``, unless it is a link that leads out of ``folder``.
+
+    In the hub's cache every file of ``models--X/snapshots/COMMIT`` is a link into
+    ``models--X/blobs``; these are followed, and no others.
+    """
+    home = folder.resolve()
+    real = path.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        allowed.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside the checkpoint's folder. Links out of the folder "
+            "are not followed; put the file itself there if you trust it."
+        )
+    return path
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = _inside(folder, folder / name)
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} can not be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object. Fetch it again.")
+    return content
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").exists():
+        if any(folder.glob("*.gguf")):
+            raise CheckpointError(
+                f"{folder} holds a GGUF file, which is not read here. "
+                "Give the original safetensors checkpoint."
+            )
+        raise CheckpointError(
+            f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint."
+        )
+    return _read_json(folder, "config.json")
+
+
+def _find_weights(folder: Path) -> _Weights:
+    """The weights transformers would load: one file before an index, safetensors before bin."""
+    for stem, suffix, pickled in (
+        ("model", "safetensors", False),
+        ("pytorch_model", "bin", True),
+    ):
+        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if os.path.lexists(single):
+            return _Weights(folder, [_inside(folder, single)], pickled=pickled)
+        if os.path.lexists(index):
+            return _from_index(folder, index, pickled)
+    others = sorted(f.name for f in folder.glob("*") if f.suffix in (".safetensors", ".bin"))
+    hint = f" It has {', '.join(others[:4])}, but no index that names them." if others else ""
+    raise CheckpointError(
+        f"{folder} has neither model.safetensors nor model.safetensors.index.json.{hint} "
+        "Is the download complete?"
+    )
+
+
+def _from_index(folder: Path, index: Path, pickled: bool) -> _Weights:
+    weight_map = _read_json(folder, index.name).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(f, str) and f for f in weight_map.values())
+    ):
+        raise CheckpointError(f'{index} has no "weight_map" from tensor to file. Fetch it again.')
+    files = []
+    for name in sorted(set(weight_map.values())):
+        pure = PurePosixPath(name.replace("\\", "/"))
+        drive = len(name) > 1 and name[1] == ":"
+        if pure.is_absolute() or ".." in pure.parts or drive or "\0" in name:
+            raise CheckpointError(
+                f"{index} names {name!r}, which is outside the folder. "
+                "Such an index is broken or hostile; get the checkpoint from its source."
+            )
+        path = folder / pure
+        if not path.exists():
+            tensors = sum(file == name for file in weight_map.values())
+            raise CheckpointError(
+                f"{path} is missing: {index.name} says that it holds {tensors} tensors. "
+                "Complete the download."
+            )
+        files.append(_inside(folder, path))
+    return _Weights(folder, files, weight_map, index, pickled)
+
+
+def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return
+    method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+    if method == QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder} is already quantized by lutra. Quantize the original checkpoint instead; "
+            "`lutra inspect` and `lutra eval` read this one as it is."
+        )
+    raise CheckpointError(
+        f"{folder} is already quantized (quant_method {method!r} in config.json). "
+        "Give the original 16- or 32-bit checkpoint: quantizing twice loses twice."
+    )
+
+
+def _refuse_dtypes(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse weights that are not ordinary floats; integer and boolean buffers may stay."""
+    for name, info in tensors.items():
+        packed = name.endswith(_PACKED_SUFFIXES)
+        weight = name.endswith(".weight") or len(info.shape) >= 2 and ".attn.bias" not in name
+        integer = info.dtype[0] in "UIB" and info.dtype != "BF16"
+        narrow = info.dtype.startswith(("F8", "F6", "F4", "C"))
+        buffers = ("attention.bias", "attn.bias", "masked_bias", "position_ids", "token_type_ids")
+        if narrow or packed or (integer and weight and not name.endswith(buffers)):
+            raise CheckpointError(
+                f"tensor {name!r} of {folder} has dtype {info.dtype}"
+                f"{' and the name of an already packed weight' if packed else ''}. "
+                "Only bfloat16, float16, float32 and float64 weights can be quantized: give the "
+                "original checkpoint, or convert this one to bfloat16 first."
+            )
+
+
+def _spellings(name: str) -> Iterator[str]:
+    yield name
+    for prefix in _BASE_PREFIXES:
+        if name.startswith(prefix):
+            yield name[len(prefix) :]
+    for prefix in _BASE_PREFIXES:
+        yield prefix + name
+
+
+def _is_side_file(name: str) -> bool:
+    lower = name.lower()
+    if lower == "config.json" or lower.startswith(("readme", ".")):
+        return False
+    if lower.endswith(".index.json"):
+        return False
+    return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(_SIDE_STEMS)
+
+
+# ---- reading the files
+
+
+class _Shards:
+    """Tensors of all files together: what the two kinds of file have in common."""
+
+    tensors: dict[str, TensorInfo]
+
+    def tensor(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        raise NotImplementedError
+
+    def identity(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+
+def _merge(
+    weights: _Weights, contents: Iterable[tuple[Path, Mapping[str, TensorInfo]]]
+) -> tuple[dict[str, TensorInfo], dict[str, Path]]:
+    """All tensors and the file of each; every promise of the index is checked."""
+    tensors: dict[str, TensorInfo] = {}
+    place: dict[str, Path] = {}
+    for path, found in contents:
+        for name, info in found.items():
+            if name in place:
+                raise CheckpointError(
+                    f"tensor {name!r} is both in {place[name].name} and in {path.name} of "
+                    f"{weights.folder}. Which one counts is not defined; get an intact copy."
+                )
+            tensors[name], place[name] = info, path
+    for name, file in weights.promised.items():
+        if name not in place or place[name] != weights.folder / PurePosixPath(file):
+            where = f"; it is in {place[name].name}" if name in place else ""
+            assert weights.index is not None
+            raise CheckpointError(
+                f"{weights.index.name} says that {file} holds tensor {name!r}, and it does not"
+                f"{where} ({weights.folder}). The index and the shards belong to different "
+                "versions; fetch both again."
+            )
+    return tensors, place
+
+
+class _SafetensorsShards(_Shards):
+    def __init__(
+        self, headers: list[Header], tensors: dict[str, TensorInfo], place: dict[str, Path]
+    ) -> None:
+        self.headers, self.tensors, self.place = headers, tensors, place
+
+    @classmethod
+    def open(cls, weights: _Weights) -> _SafetensorsShards:
+        headers = [read_header(path) for path in weights.files]
+        return cls(headers, *_merge(weights, ((h.path, h.tensors) for h in headers)))
+
+    def tensor(self, name: str) -> Tensor:
+        return read_tensor(self.place[name], name, self.tensors[name])
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        info = self.tensors[name]
+        row = info.nbytes // info.shape[0] if info.shape[0] else 0
+        start = info.begin + begin * row
+        part = TensorInfo(
+            info.dtype, (end - begin, *info.shape[1:]), start, start + (end - begin) * row
+        )
+        return read_tensor(self.place[name], name, part)
+
+    def identity(self) -> Iterator[bytes]:
+        sample = 4096
+        for header in self.headers:
+            yield header.path.name.encode()
+            yield header.file_bytes.to_bytes(8, "little")
+            yield header.raw
+            for name, info in sorted(header.tensors.items()):
+                count = min(sample, info.nbytes)
+                last = info.end - count
+                for begin in sorted({info.begin, (info.begin + last) // 2, last}):
+                    buffer = torch.empty(count, dtype=torch.uint8)
+                    read_into(header.path, name, buffer, begin)
+                    yield buffer.numpy().tobytes()
+
+
+class _PickledShards(_Shards):
+    """``.bin`` files, mapped by torch's weights-only loader; one file is held at a time."""
+
+    def __init__(
+        self, files: list[Path], tensors: dict[str, TensorInfo], place: dict[str, Path]
+    ) -> None:
+        self.files, self.tensors, self.place = files, tensors, place
+        self._held: tuple[Path, dict[str, Tensor]] | None = None
+
+    @classmethod
+    def open(cls, weights: _Weights) -> _PickledShards:
+        def info(tensor: Tensor) -> TensorInfo:
+            nbytes = tensor.numel() * tensor.element_size()
+            dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+            return TensorInfo(dtype.upper(), tuple(tensor.shape), 0, nbytes)
+
+        contents = (
+            (path, {name: info(t) for name, t in _load_pickled(path).items()})
+            for path in weights.files
+        )
+        return cls(weights.files, *_merge(weights, contents))
+
+    def _stored(self, name: str) -> Tensor:
+        path = self.place[name]
+        if self._held is None or self._held[0] != path:
+            self._held = None  # unmap the other file before this one is mapped
+            self._held = (path, _load_pickled(path))
+        return self._held[1][name]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._stored(name).detach().clone(memory_format=torch.contiguous_format)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        return self._stored(name)[begin:end].clone(memory_format=torch.contiguous_format)
+
+    def identity(self) -> Iterator[bytes]:
+        sample = 1 << 20
+        for path in self.files:
+            yield path.name.encode()
+            size = path.stat().st_size
+            yield size.to_bytes(8, "little")
+            count = min(sample, size)
+            for begin in range(0, max(size - count, 0) + 1, max(1, (size - count) // 15)):
+                buffer = torch.empty(count, dtype=torch.uint8)
+                read_into(path, "(sample)", buffer, begin)
+                yield buffer.numpy().tobytes()
+
+
+def _load_pickled(path: Path) -> dict[str, Tensor]:
+    """Map a ``.bin`` file with the weights-only loader.
+
+    Raises:
+        CheckpointError: the file needs more than that loader gives, or is damaged.
+    """
+    import pickle
+
+    advice = (
+        "Convert it to safetensors where you trust it, or use a safetensors version of the model."
+    )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors, which could run code when loaded; refused. {advice}"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} can not be read ({line}). {advice}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided
+        for k, v in content.items()
+    ):
+        raise CheckpointError(f"{path} is not a table of dense tensors. {advice}")
+    return content
+
+
+# ---- our own output
+
+
+def quantization_config(scheme: Scheme, **facts: Any) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint that we write; ``facts`` are further keys."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "scheme": scheme.to_json(),
+        **facts,
+    }
+
+
+def read_quantization_config(config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a checkpoint that we wrote.
+
+    Args:
+        config: the content of ``config.json``, or of its ``quantization_config``.
+
+    Raises:
+        CheckpointError: not our checkpoint, written by a newer version, or damaged.
+    """
+    ours = config.get("quantization_config", config)
+    if not isinstance(ours, Mapping) or "quant_method" not in ours:
+        raise CheckpointError("the checkpoint is not quantized: its config.json does not say how")
+    if ours["quant_method"] != QUANT_METHOD:
+        raise CheckpointError(
+            f"the checkpoint was quantized by {ours['quant_method']!r}, not by lutra"
+        )
+    version = ours.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(f"quantization_config has format_version {version!r}, not a number")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {version}, and this lutra reads up to "
+            f"{FORMAT_VERSION}. Upgrade: pip install --upgrade lutra"
+        )
+    try:
+        return Scheme.from_json(ours.get("scheme"))
+    except SchemeError as error:
+        raise CheckpointError(f"quantization_config in config.json is damaged: {error}") from error
+
+
+def stored_tensor_shapes(
+    format: Format, out_features: int, in_features: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a quantized layer, by suffix; no weights needed."""
+    groups = groups_per_row(in_features, format.group_size_for(in_features))
+    scale = format.scale_dtype
+    scales = format.bits if format.kind == "bcq" else 1
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight": (torch.int32, (format.bits, out_features, words_per_row(in_features))),
+        "weight_scale": (scale, (scales, out_features, groups)),
+    }
+    if format.kind == "int":
+        shapes["weight_zero_point"] = (torch.uint8, (out_features, groups))
+        return shapes
+    shapes["weight_offset"] = (scale, (out_features, groups))
+    for bits in format.serve_bits:
+        served = bits if format.kind == "bcq" else 1
+        shapes[f"weight_scale_{bits}bit"] = (scale, (served, out_features, groups))
+        shapes[f"weight_offset_{bits}bit"] = (scale, (out_features, groups))
+    return shapes
+
+
+def load_layer(
+    checkpoint: SourceCheckpoint, layer: str, format: Format, in_features: int
+) -> BitPlanes | Grouped:
+    """Read one quantized layer by the full name that it has in the module tree.
+
+    Raises:
+        CheckpointError: a tensor is missing, or its dtype or shape is not that of the format.
+    """
+    first = checkpoint.resolve(f"{layer}.weight")
+    if first is None:
+        raise CheckpointError(f"{checkpoint.path} has no tensor '{layer}.weight'")
+    stem = first.removesuffix(".weight")
+    shape = checkpoint.shape(first)
+    if len(shape) != 3:
+        raise CheckpointError(
+            f"tensor {first!r} has shape {list(shape)}; a layer quantized as {format} has three "
+            "dimensions [bits, out, words]. The file does not fit its quantization_config."
+        )
+    tensors = {}
+    for suffix, (dtype, wanted) in stored_tensor_shapes(format, shape[1], in_features).items():
+        name = f"{stem}.{suffix}"
+        if name not in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint.path} has no tensor {name!r}, which {format} needs. "
+                "The checkpoint is incomplete."
+            )
+        if checkpoint.shape(name) != wanted or checkpoint.dtype(name) != dtype:
+            raise CheckpointError(
+                f"tensor {name!r} is {checkpoint.dtype(name)} {list(checkpoint.shape(name))}; "
+                f"{format} with {in_features} inputs needs {dtype} {list(wanted)}."
+            )
+        tensors[suffix] = checkpoint.tensor(name)
+    group_size = format.group_size_for(in_features)
+    if format.kind == "int":
+        return Grouped(
+            tensors["weight"], tensors["weight_scale"], tensors["weight_zero_point"],
+            in_features, group_size,
+        )  # fmt: skip
+    served = {
+        b: (tensors[f"weight_scale_{b}bit"], tensors[f"weight_offset_{b}bit"])
+        for b in format.serve_bits
+    }
+    return BitPlanes(
+        tensors["weight"], tensors["weight_scale"], tensors["weight_offset"],
+        in_features, group_size, served or None,
+    )  # fmt: skip
