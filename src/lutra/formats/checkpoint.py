@@ -52,6 +52,7 @@ _PACKED_SUFFIXES = (
 )  # fmt: skip
 # Prefixes that a checkpoint carries or lacks, according to the class that saved it.
 _BASE_PREFIXES = ("model.", "transformer.", "gpt_neox.")
+# GPT-NeoX files call the head embed_out; transformers 5 renames it when it loads.
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = (
     "model.embed_tokens.weight", "model.decoder.embed_tokens.weight",
@@ -427,6 +428,8 @@ def _refuse_dtypes(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 def _spellings(name: str) -> Iterator[str]:
+    if name in _HEADS:
+        yield from (name, *_HEADS)
     yield name
     for prefix in _BASE_PREFIXES:
         if name.startswith(prefix):

@@ -213,7 +213,7 @@ def read_into(path: Path, name: str, buffer_N: Tensor, begin: int) -> None:
     Raises:
         CheckpointError: the file ends too early or can not be read.
     """
-    view = memoryview(buffer_N.numpy())
+    view = _memory_of(buffer_N)
     done = 0
     try:
         with open(path, "rb", buffering=0) as file:
@@ -236,6 +236,11 @@ def read_into(path: Path, name: str, buffer_N: Tensor, begin: int) -> None:
 def tensor_bytes(tensor: Tensor) -> Tensor:
     """The tensor's bytes, little endian, as uint8 ``[nbytes]``; a view where it is contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _memory_of(bytes_N: Tensor) -> memoryview:
+    array: Any = bytes_N.numpy()  # numpy's stubs do not call an array a buffer before Python 3.12
+    return memoryview(array)
 
 
 def write_shard_file(
@@ -263,7 +268,7 @@ def write_shard_file(
     with atomic_file(path) as file:
         _write_all(file, memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in order:
-            _write_all(file, memoryview(tensor_bytes(tensors[name]).numpy()))
+            _write_all(file, _memory_of(tensor_bytes(tensors[name])))
     return 8 + len(raw) + end
 
 
