@@ -23,19 +23,19 @@ from lutra.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 
-_LLAMA = dict(
-    hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=2, vocab_size=61, max_position_embeddings=64,
-)  # fmt: skip
-_OPT = dict(
-    hidden_size=48, ffn_dim=56, num_hidden_layers=2, num_attention_heads=4, vocab_size=61,
-    max_position_embeddings=64, word_embed_proj_dim=48,
-)  # fmt: skip
-_NEOX = dict(
-    hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-    vocab_size=61, max_position_embeddings=64,
-)  # fmt: skip
-_GPT2 = dict(n_embd=48, n_layer=2, n_head=4, vocab_size=61, n_positions=64)
+_LLAMA = {
+    "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64,
+}  # fmt: skip
+_OPT = {
+    "hidden_size": 48, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61,
+    "max_position_embeddings": 64, "word_embed_proj_dim": 48,
+}  # fmt: skip
+_NEOX = {
+    "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 61, "max_position_embeddings": 64,
+}  # fmt: skip
+_GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64}
 _PHI = dict(_NEOX, partial_rotary_factor=0.5)
 _PHI3 = dict(_LLAMA, pad_token_id=0, eos_token_id=1, bos_token_id=1)
 

@@ -25,8 +25,15 @@ from lutra.errors import CheckpointError, SchemeError
 from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
 from lutra.formats.grouped import Grouped
 from lutra.formats.output import OutputFolder
-from lutra.formats.shard import DTYPE_NAMES, Header, TensorInfo, read_header, read_into, read_tensor
-from lutra.formats.shard import TORCH_DTYPES as TORCH_DTYPES  # part of this module's surface
+from lutra.formats.shard import (
+    DTYPE_NAMES,
+    TORCH_DTYPES,
+    Header,
+    TensorInfo,
+    read_header,
+    read_into,
+    read_tensor,
+)
 from lutra.scheme import Format, Scheme
 
 __all__ = [
