@@ -52,10 +52,9 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "lutra"
 
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
-# Names of packed tensors of GPTQ, AWQ, bitsandbytes and compressed-tensors.
-_PACKED_SUFFIXES = (
-    ".qweight", ".qzeros", ".weight_packed", ".weight_zero_point", ".absmax", ".quant_map", ".SCB",
-    ".weight_scale", ".weight_scale_inv", ".scales",
+# Masks and positions that old versions of transformers saved beside the weights.
+_BUFFER_SUFFIXES = (
+    "attn.bias", "attention.bias", "masked_bias", "position_ids", "token_type_ids",
 )  # fmt: skip
 # Prefixes that a checkpoint carries or lacks, according to the class that saved it.
 _BASE_PREFIXES = ("model.", "transformer.", "gpt_neox.")
@@ -71,6 +70,8 @@ _HUB_PATTERNS = [
     "*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja",
     "*.tiktoken", "*.bpe", "LICENSE*", "NOTICE*",
 ]  # fmt: skip
+# Other forms of the same weights, which some repositories carry beside the usual one.
+_HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]
 
 
 class SourceCheckpoint:
@@ -245,19 +246,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    # A sum is finite unless a value is not, or it overflows; the exact count only then.
-    if torch.isfinite(tensor.sum(dtype=torch.float64)):
+    # The extremes carry NaN and infinity and need no copy; the rest is for the message.
+    if torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
         return
     bad = ~torch.isfinite(tensor)
-    count = int(bad.sum())
-    if count:
-        first = [int(i) for i in bad.nonzero()[0]]
-        nans = int(torch.isnan(tensor).sum())
-        raise CheckpointError(
-            f"tensor {name!r} has {count:,} values that are not finite ({nans:,} NaN, "
-            f"{count - nans:,} infinite; the first at {first}). "
-            "The checkpoint is broken or overflowed in training; use an intact copy."
-        )
+    count, nans = int(bad.sum()), int(torch.isnan(tensor).sum())
+    first = [int(i) for i in bad.nonzero()[0]]
+    raise CheckpointError(
+        f"tensor {name!r} has {count:,} values that are not finite ({nans:,} NaN, "
+        f"{count - nans:,} infinite; the first at {first}). "
+        "The checkpoint is broken or overflowed in training; use an intact copy."
+    )
 
 
 # ---- finding the files
@@ -283,7 +282,7 @@ def _folder_of(src: str | Path) -> Path:
             f"{path} is a file. Give the folder that holds config.json and the weights."
         )
     text = str(src)
-    if isinstance(src, Path) or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if isinstance(src, Path) or text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a hub id.")
     return _fetch(text)
 
@@ -292,9 +291,17 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_HUB_IGNORED)
+        )
+
     problem: Exception
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_PATTERNS))
+        folder = fetch(_HUB_PATTERNS)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch(["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+        return folder
     except HFValidationError as error:
         raise CheckpointError(
             f"{hub_id!r} is neither a folder nor a hub id (organisation/name): {error}"
@@ -325,6 +332,8 @@ def _inside(folder: Path, path: Path) -> Path:
             f"{path} is a link to {real}, outside the checkpoint's folder. Links out of the folder "
             "are not followed; put the file itself there if you trust it."
         )
+    if real.exists() and not real.is_file():
+        raise CheckpointError(f"{path} is not a regular file. Fetch the checkpoint again.")
     return path
 
 
@@ -420,18 +429,18 @@ def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
 def _refuse_dtypes(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Refuse weights that are not ordinary floats; integer and boolean buffers may stay."""
     for name, info in tensors.items():
-        packed = name.endswith(_PACKED_SUFFIXES)
-        weight = name.endswith(".weight") or len(info.shape) >= 2 and ".attn.bias" not in name
-        integer = info.dtype[0] in "UIB" and info.dtype != "BF16"
-        narrow = info.dtype.startswith(("F8", "F6", "F4", "C"))
-        buffers = ("attention.bias", "attn.bias", "masked_bias", "position_ids", "token_type_ids")
-        if narrow or packed or (integer and weight and not name.endswith(buffers)):
-            raise CheckpointError(
-                f"tensor {name!r} of {folder} has dtype {info.dtype}"
-                f"{' and the name of an already packed weight' if packed else ''}. "
-                "Only bfloat16, float16, float32 and float64 weights can be quantized: give the "
-                "original checkpoint, or convert this one to bfloat16 first."
-            )
+        if info.dtype in WEIGHT_DTYPES:
+            continue
+        is_integer = info.dtype in ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+        is_weight = len(info.shape) >= 2 or name.endswith((".weight", ".qweight", ".qzeros"))
+        if is_integer and (not is_weight or name.endswith(_BUFFER_SUFFIXES)):
+            continue
+        packed = " (it looks like the packed weight of a quantized model)" if is_integer else ""
+        raise CheckpointError(
+            f"tensor {name!r} of {folder} has dtype {info.dtype}{packed}. Only bfloat16, float16, "
+            "float32 and float64 weights can be quantized: give the original checkpoint, or "
+            "convert this one to bfloat16 first."
+        )
 
 
 def _spellings(name: str) -> Iterator[str]:

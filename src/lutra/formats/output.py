@@ -284,6 +284,8 @@ class OutputFolder:
 
     def _read_journal(self) -> None:
         if not self._journal_path.exists():
+            for path in self._model.iterdir():
+                path.unlink()
             return
         start_over = f"Delete {self.partial} to start over, or choose another destination."
         try:
@@ -317,6 +319,11 @@ class OutputFolder:
                     f"{path}, which an earlier run completed, is missing or has changed. "
                     f"{start_over}"
                 )
+        # What a stopped finish() or a killed write left; it is written again.
+        parts = {file for file, *_ in files}
+        for path in [*self._model.iterdir(), *self.partial.glob("*.tmp")]:
+            if path.name not in parts:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._shards = shards
 
     def _write_journal(self) -> None:

@@ -261,7 +261,9 @@ def write_shard_file(
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = DTYPE_NAMES[tensor.dtype]
+        dtype = DTYPE_NAMES.get(tensor.dtype)
+        if dtype is None:
+            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which is not written")
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # tensors begin at a multiple of 8
