@@ -1,0 +1,60 @@
+// Which instruction sets this machine has, and this build.
+#include "features.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#define LUTRA_X86 1
+#endif
+
+namespace lutra {
+
+// Levels that this build leaves out; the others are defined in their own units.
+#ifndef LUTRA_X86
+const Isa* const kAvx512Vnni = nullptr;
+const Isa* const kAvx512Bw = nullptr;
+const Isa* const kAvx2 = nullptr;
+#endif
+#ifndef LUTRA_NEON
+const Isa* const kNeon = nullptr;
+#endif
+
+namespace {
+
+struct Features {
+  bool avx2 = false, avx512bw = false, avx512vnni = false;
+};
+
+Features detect() {
+  Features f;
+#ifdef LUTRA_X86
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
+  const bool osxsave = c >> 27 & 1, fma = c >> 12 & 1, f16c = c >> 29 & 1, avx = c >> 28 & 1;
+  if (!osxsave || !avx || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const bool ymm = (low & 0x6) == 0x6;         // the system saves xmm and ymm
+  const bool zmm = ymm && (low & 0xe0) == 0xe0;  // and masks and zmm
+  f.avx2 = ymm && fma && f16c && (b >> 5 & 1);
+  const bool foundation = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+  f.avx512bw = zmm && f.avx2 && foundation && dq && bw && vl;
+  const bool vbmi = c >> 1 & 1, vnni = c >> 11 & 1;
+  f.avx512vnni = f.avx512bw && vbmi && vnni;
+#endif
+  return f;
+}
+
+}  // namespace
+
+int available_levels(const Isa* levels[kIsaCount]) {
+  const Features f = detect();
+  int n = 0;
+  if (f.avx512vnni && kAvx512Vnni) levels[n++] = kAvx512Vnni;
+  if (f.avx512bw && kAvx512Bw) levels[n++] = kAvx512Bw;
+  if (f.avx2 && kAvx2) levels[n++] = kAvx2;
+  if (kNeon) levels[n++] = kNeon;  // every AArch64 processor has it
+  levels[n++] = kPortable;
+  return n;
+}
+
+}  // namespace lutra

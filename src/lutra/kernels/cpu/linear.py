@@ -1,0 +1,272 @@
+"""The CPU kernels as ops and as choices of the dispatcher.
+
+Few rows of activations are multiplied through lookup tables (`kernels.h`), at the speed at which
+memory gives the planes: the weights are never unpacked. From :func:`most_rows_by_tables` rows on,
+blocks of rows are decoded once to dense bfloat16 or float32 and multiplied by torch.
+
+Two numerics, by name:
+
+- ``cpu``: 16-bit tables, relative error of the output about 2.5e-5; the default.
+- ``cpu-fast``: 8-bit tables, about 0.6 %, the error of kernels that round activations to 8 bits.
+  Where memory is the limit it is no faster, so it must be asked for (``LUTRA_KERNEL=cpu-fast``).
+
+In both, larger batches of bfloat16 round the weights to bfloat16, as a dense bfloat16 model would.
+
+Where a layer's tensors lie: ``prepare`` gives flat tensors, planes int32, scale and offset in their
+stored dtype, permuted for the instruction set in use and padded to whole tiles of 16 rows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lutra.kernels.ops  # noqa: F401  (defines the op namespace)
+from lutra.errors import KernelError
+from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
+from lutra.kernels.dispatch import Kernel, LinearSpec
+
+TILE_ROWS = 16
+ACTIVATIONS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of kernels.h
+LONGEST = 2**31 - 1  # the kernels index features and rows with 32 bits
+
+# Decoded weights are multiplied in pieces of about this many bytes, so that they are still in the
+# cache when torch reads them.
+DECODED_BYTES = 4 << 20
+
+
+@cache
+def native() -> Any:
+    """The compiled extension, at the level that ``LUTRA_CPU_ISA`` names, else the best.
+
+    Raises:
+        ImportError: the extension was not built.
+        KernelError: this machine or build does not have the level.
+    """
+    import os
+
+    from lutra.kernels.cpu import _native
+
+    wanted = os.environ.get("LUTRA_CPU_ISA")
+    if wanted:
+        try:
+            _native.set_level(wanted)
+        except ValueError as error:
+            raise KernelError(f"LUTRA_CPU_ISA={wanted}: {error}") from None
+    return _native
+
+
+def most_rows_by_tables(bits: int, dtype: torch.dtype, fast: bool) -> int:
+    """Largest batch that lookup tables multiply at least as fast as decoding does (measured)."""
+    rows = {1: 32, 2: 16, 3: 12, 4: 8}.get(bits, 4)
+    return rows * 2 if fast else rows
+
+
+def padded_rows(out_features: int) -> int:
+    """Rows of a prepared weight: whole tiles."""
+    return -(-out_features // TILE_ROWS) * TILE_ROWS
+
+
+library = torch.library.Library("lutra", "FRAGMENT")
+library.define(
+    "cpu_linear(Tensor x, Tensor planes, Tensor scale, Tensor offset, Tensor? bias, "
+    "int out_features, int in_features, int bits, int group_size, bool uniform, bool fast) "
+    "-> Tensor"
+)
+
+
+def _check(
+    x: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None,
+    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool,
+) -> None:
+    """Everything that the extension relies on, without touching data.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"activations {tuple(x.shape)} do not end in the {in_features} features of the weight"
+        )
+    if x.dtype not in ACTIVATIONS:
+        raise ValueError(f"activations must be float32, float16 or bfloat16, not {x.dtype}")
+    if not (1 <= bits <= 8 and 1 <= out_features <= LONGEST and 1 <= in_features <= LONGEST):
+        raise ValueError(f"impossible weight: {bits} planes of {out_features} x {in_features}")
+    if group_size < 1 or (group_size % 32 and group_size < in_features):
+        raise ValueError(f"group size must be a multiple of 32 or span the row, not {group_size}")
+    rows = padded_rows(out_features)
+    per_plane = rows * groups_per_row(in_features, group_size)
+    stored = 1 if uniform else bits
+    for name, tensor, numel in (
+        ("planes", planes, rows * words_per_row(in_features) * bits),
+        ("scale", scale, per_plane * stored),
+        ("offset", offset, per_plane),
+    ):
+        dtypes = (torch.int32,) if name == "planes" else tuple(ACTIVATIONS)
+        if tensor.dtype not in dtypes or tensor.numel() != numel or not tensor.is_contiguous():
+            raise ValueError(
+                f"prepared {name} must be {numel} contiguous numbers of {dtypes}, not "
+                f"{tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias must be {out_features} floating-point numbers, not {tuple(bias.shape)} of "
+            f"{bias.dtype}"
+        )
+    for tensor in (planes, scale, offset, bias):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"activations are on {x.device}, the weight on {tensor.device}")
+
+
+@torch.library.register_fake("lutra::cpu_linear", lib=library)
+def _(
+    x: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None,
+    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool, fast: bool,
+) -> Tensor:
+    _check(x, planes, scale, offset, bias, out_features, in_features, bits, group_size, uniform)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def cpu_linear(
+    x: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None,
+    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool, fast: bool,
+) -> Tensor:
+    """``x`` ``[..., in]`` times a prepared weight, ``[..., out]`` in the dtype of ``x``."""
+    _check(x, planes, scale, offset, bias, out_features, in_features, bits, group_size, uniform)
+    x_MI = x.reshape(-1, in_features)
+    if x_MI.stride(1) != 1:
+        x_MI = x_MI.contiguous()
+    rows = x_MI.shape[0]
+    y_MO = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    if rows:
+        layer = (
+            planes.data_ptr(), scale.data_ptr(), offset.data_ptr(), ACTIVATIONS[scale.dtype],
+            ACTIVATIONS[offset.dtype], out_features, in_features, bits, group_size, uniform,
+        )
+        if rows <= most_rows_by_tables(bits, x.dtype, fast):
+            bias_f32 = None if bias is None else bias.to(torch.float32).contiguous()
+            native().linear(
+                *layer, fast, x_MI.data_ptr(), ACTIVATIONS[x.dtype], x_MI.stride(0), rows,
+                0 if bias_f32 is None else bias_f32.data_ptr(), y_MO.data_ptr(),
+                torch.get_num_threads(),
+            )
+        else:
+            _multiply_decoded(x_MI, y_MO, bias, layer)
+    return y_MO.view(*x.shape[:-1], out_features)
+
+
+def _multiply_decoded(
+    x_MI: Tensor, y_MO: Tensor, bias: Tensor | None, layer: tuple[Any, ...]
+) -> None:
+    """Decode the weight piece by piece and let torch multiply; float16 goes through float32."""
+    out_features, in_features = layer[5:7]
+    dtype = torch.bfloat16 if x_MI.dtype == torch.bfloat16 else torch.float32
+    x_MI = x_MI.to(dtype)
+    columns = words_per_row(in_features) * 32
+    block = 64  # divides into whole blocks of every level's layout
+    step = max(block, DECODED_BYTES // (columns * dtype.itemsize) // block * block)
+    step = min(step, padded_rows(out_features))
+    piece = torch.empty((-(-step // block) * block, columns), dtype=dtype, device=x_MI.device)
+    threads = torch.get_num_threads()
+    for start in range(0, out_features, step):
+        count = min(step, out_features - start)
+        native().decode(*layer, start, count, ACTIVATIONS[dtype], piece.data_ptr(), threads)
+        part = None if bias is None else bias[start : start + count].to(dtype)
+        y_MO[:, start : start + count] = torch.nn.functional.linear(
+            x_MI, piece[:count, :in_features], part
+        )
+
+
+library.impl("cpu_linear", cpu_linear, "CPU")
+
+
+class CpuKernel(Kernel):
+    """Lookup tables for small batches, decoding to dense for large ones. See the module's docstring.
+
+    Args:
+        fast: 8-bit instead of 16-bit tables.
+    """
+
+    def __init__(self, fast: bool) -> None:
+        self.fast = fast
+        self.name = "cpu-fast" if fast else "cpu"
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"runs on the CPU, not on {spec.device.type}"
+        if spec.dtype not in ACTIVATIONS:
+            return f"takes float32, float16 or bfloat16 activations, not {spec.dtype}"
+        if not 1 <= spec.bits <= 8:
+            return f"takes 1 to 8 planes, not {spec.bits}"
+        if spec.group_size % 32 and spec.group_size < spec.in_features:
+            return f"takes groups of a multiple of 32 inputs, not {spec.group_size}"
+        return None
+
+    def prepare(self, weight: BitPlanes, spec: LinearSpec) -> list[Tensor]:
+        """Flat planes, scale and offset in the layout of ``kernels.h``.
+
+        Raises:
+            KernelError: scales or offsets are not float16, bfloat16 or float32.
+        """
+        for name, tensor in (("scales", weight.scale), ("offsets", weight.offset)):
+            if tensor.dtype not in ACTIVATIONS:
+                raise KernelError(
+                    f"the CPU kernel takes float16, bfloat16 or float32 {name}, not "
+                    f"{tensor.dtype}; store them as one of these"
+                )
+        rows, groups = padded_rows(spec.out_features), weight.offset.shape[1]
+        sizes = (
+            rows * words_per_row(spec.in_features) * spec.bits,
+            rows * groups * weight.scale.shape[0],
+            rows * groups,
+        )
+        stored = [t.contiguous() for t in (weight.planes, weight.scale, weight.offset)]
+        prepared = [
+            torch.empty(n, dtype=t.dtype, device=t.device)
+            for n, t in zip(sizes, stored, strict=True)
+        ]
+        threads = torch.get_num_threads()
+        native().prepare(
+            *self._layer(prepared, spec), *(t.data_ptr() for t in stored), threads
+        )
+        return prepared
+
+    def restore(self, prepared: list[Tensor], spec: LinearSpec) -> BitPlanes:
+        words = words_per_row(spec.in_features)
+        groups = groups_per_row(spec.in_features, spec.group_size)
+        scales = 1 if spec.uniform else spec.bits
+        shapes = (
+            (spec.bits, spec.out_features, words),
+            (scales, spec.out_features, groups),
+            (spec.out_features, groups),
+        )
+        stored = [
+            torch.empty(s, dtype=t.dtype, device=t.device)
+            for s, t in zip(shapes, prepared, strict=True)
+        ]
+        threads = torch.get_num_threads()
+        native().restore(
+            *self._layer(prepared, spec), *(t.data_ptr() for t in stored), threads
+        )
+        return BitPlanes(*stored, spec.in_features, spec.group_size)
+
+    def linear(
+        self, x: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: LinearSpec
+    ) -> Tensor:
+        arguments = (
+            x, *prepared, bias, spec.out_features, spec.in_features, spec.bits, spec.group_size,
+            spec.uniform, self.fast,
+        )
+        return torch.ops.lutra.cpu_linear(*arguments)
+
+    @staticmethod
+    def _layer(prepared: list[Tensor], spec: LinearSpec) -> tuple[Any, ...]:
+        planes, scale, offset = prepared
+        return (
+            planes.data_ptr(), scale.data_ptr(), offset.data_ptr(), ACTIVATIONS[scale.dtype],
+            ACTIVATIONS[offset.dtype], spec.out_features, spec.in_features, spec.bits,
+            spec.group_size, spec.uniform,
+        )

@@ -1,0 +1,140 @@
+// Python binding. Tensors come as addresses and sizes: no linkage to libtorch, whose ABI changes with
+// every release. lutra/kernels/cpu/linear.py checks shapes, dtypes and strides before it calls; what
+// is checked here again costs nothing and keeps a wrong call from reading outside its tensors.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+#include "features.h"
+
+namespace nb = nanobind;
+using namespace lutra;
+
+namespace {
+
+const Isa* levels[kIsaCount];
+int level_count = 0;
+const Isa* current = nullptr;
+
+std::vector<std::string> level_names() {
+  std::vector<std::string> names;
+  for (int i = 0; i < level_count; i++) names.emplace_back(levels[i]->name);
+  return names;
+}
+
+void set_level(const std::string& name) {
+  for (int i = 0; i < level_count; i++)
+    if (name == levels[i]->name) {
+      current = levels[i];
+      return;
+    }
+  std::string known;
+  for (const std::string& n : level_names()) known += (known.empty() ? "" : ", ") + n;
+  throw std::invalid_argument("this machine and build have no level '" + name + "'; they have " +
+                              known);
+}
+
+Dtype dtype_of(int code) {
+  if (code < F32 || code > BF16) throw std::invalid_argument("unknown dtype code");
+  return (Dtype)code;
+}
+
+template <class T>
+T* pointer(size_t address) {
+  return (T*)address;
+}
+
+struct Layer {
+  Weight w = {};
+
+  // Sizes, and where the prepared tensors lie.
+  Layer(size_t planes, size_t scale, size_t offset, int scale_dtype, int offset_dtype, int out,
+        int in, int bits, int group_size, bool uniform) {
+    if (out < 1 || in < 1 || bits < 1 || bits > kMaxBits || group_size < 1 ||
+        (group_size % 32 != 0 && group_size < in))
+      throw std::invalid_argument("impossible shape of a bit-plane weight");
+    w.planes = pointer<const uint32_t>(planes);
+    w.scale = pointer<const void>(scale);
+    w.offset = pointer<const void>(offset);
+    w.scale_dtype = dtype_of(scale_dtype);
+    w.offset_dtype = dtype_of(offset_dtype);
+    w.out = out, w.in = in, w.bits = bits, w.uniform = uniform && bits > 1;
+    complete(w, group_size, *current);
+  }
+};
+
+void check_rows(int m, int threads) {
+  if (m < 0 || threads < 1) throw std::invalid_argument("negative rows or no thread");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  level_count = available_levels(levels);
+  current = levels[0];
+  m.doc() = "Kernels for bit planes on CPUs. Tensors are passed as addresses.";
+  m.def("levels", &level_names, "Instruction-set levels that run here, best first.");
+  m.def("level", [] { return std::string(current->name); }, "The level in use.");
+  m.def("set_level", &set_level, nb::arg("name"),
+        "Use a level; weights prepared for another one must not be used any more.");
+
+  // Addresses of prepared planes, scale, offset; their dtypes; out, in, bits, group size, uniform.
+#define LAYER_ARGUMENTS                                                                        \
+  size_t planes, size_t scale, size_t offset, int scale_dtype, int offset_dtype, int out, int in, \
+      int bits, int group_size, bool uniform
+#define LAYER \
+  Layer(planes, scale, offset, scale_dtype, offset_dtype, out, in, bits, group_size, uniform)
+
+  m.def("prepare",
+        [](LAYER_ARGUMENTS, size_t from_planes, size_t from_scale, size_t from_offset,
+           int threads) {
+          check_rows(0, threads);
+          const Layer layer = LAYER;
+          nb::gil_scoped_release release;
+          prepare(layer.w, *current, pointer<const uint32_t>(from_planes),
+                  pointer<const void>(from_scale), pointer<const void>(from_offset), threads);
+        });
+  m.def("restore",
+        [](LAYER_ARGUMENTS, size_t to_planes, size_t to_scale, size_t to_offset, int threads) {
+          check_rows(0, threads);
+          const Layer layer = LAYER;
+          nb::gil_scoped_release release;
+          restore(layer.w, *current, pointer<uint32_t>(to_planes), pointer<void>(to_scale),
+                  pointer<void>(to_offset), threads);
+        });
+  m.def("linear",
+        [](LAYER_ARGUMENTS, bool fast, size_t x, int x_dtype, size_t x_stride, int rows,
+           size_t bias, size_t y, int threads) {
+          check_rows(rows, threads);
+          const Layer layer = LAYER;
+          const Dtype dtype = dtype_of(x_dtype);
+          nb::gil_scoped_release release;
+          linear(layer.w, *current, fast ? kFast : kExact, pointer<const void>(x), dtype, x_stride,
+                 rows, pointer<const float>(bias), pointer<void>(y), threads);
+        });
+  m.def("decode",
+        [](LAYER_ARGUMENTS, int first_row, int rows, int dtype_code, size_t dst, int threads) {
+          check_rows(rows, threads);
+          const Layer layer = LAYER;
+          const Dtype dtype = dtype_of(dtype_code);
+          const int block = layer.w.tiles * kTileRows;
+          if (dtype == F16 || first_row % block != 0 || first_row < 0 || first_row > out ||
+              rows > out - first_row)
+            throw std::invalid_argument("decode: rows outside the weight, or not whole blocks");
+          nb::gil_scoped_release release;
+          decode(layer.w, *current, first_row / block, (first_row + rows + block - 1) / block,
+                 dtype, pointer<void>(dst), threads);
+        });
+  m.def("read_stream",
+        [](size_t data, size_t bytes, int threads) {
+          check_rows(0, threads);
+          nb::gil_scoped_release release;
+          return read_stream(pointer<const void>(data), bytes, threads);
+        });
+}
