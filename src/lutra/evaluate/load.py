@@ -1,0 +1,104 @@
+"""Load a model and its tokenizer for measuring, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lutra.errors import CheckpointError, ResourceError, SchemeError
+from lutra.evaluate.size import is_quantized
+from lutra.formats.checkpoint import SourceCheckpoint, read_quantization_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Up to here a model runs on the CPU in float32: exact, and no slower than 16 bit there.
+FLOAT32_PARAMETERS = 1_500_000_000
+
+
+def open_checkpoint(folder: str | Path) -> SourceCheckpoint:
+    """Open a checkpoint, dense or ours; everything that needs no weights is checked.
+
+    Raises:
+        CheckpointError: the folder is no sound checkpoint, or is of a newer format version.
+    """
+    checkpoint = SourceCheckpoint.open(folder, quantized=True)
+    if is_quantized(checkpoint.config):
+        read_quantization_config(checkpoint.config)
+    return checkpoint
+
+
+def choose_dtype(asked: str | None, parameters: int, device: str) -> tuple[torch.dtype | str, str]:
+    """The dtype of activations and of weights that are not quantized, and the reason for it.
+
+    The choice depends on the model and the kind of device alone, so that it is the same on every
+    machine. ``"auto"`` in the answer means the dtype in which the checkpoint was saved.
+
+    Raises:
+        SchemeError: an unknown dtype was asked for.
+    """
+    if asked is not None:
+        if asked not in DTYPES:
+            raise SchemeError(f"unknown dtype {asked!r}; there are {', '.join(DTYPES)}")
+        return DTYPES[asked], "asked for"
+    if torch.device(device).type != "cpu":
+        return "auto", "the checkpoint's own, as on every GPU"
+    if parameters <= FLOAT32_PARAMETERS:
+        return torch.float32, f"float32 on a CPU up to {FLOAT32_PARAMETERS:,} parameters"
+    return "auto", f"the checkpoint's own above {FLOAT32_PARAMETERS:,} parameters"
+
+
+def load_model(
+    checkpoint: SourceCheckpoint, device: str = "cpu", dtype: torch.dtype | str = "auto"
+) -> Any:
+    """The model, through transformers, ready for inference.
+
+    Raises:
+        CheckpointError: transformers can not build it or the weights do not fit it.
+        ResourceError: not enough memory on the device.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if is_quantized(checkpoint.config):
+        import lutra.integrations.transformers  # noqa: F401  (registers the quantizer)
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=dtype, local_files_only=True
+        )
+        return model.to(device).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{checkpoint.path} does not fit into the memory of {device} ({error}). "
+            "Use a 16-bit dtype, another device, or a smaller model."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{checkpoint.path} can not be loaded: {first_line}") from error
+    finally:
+        logging.enable_progress_bar()
+
+
+def load_tokenizer(checkpoint: SourceCheckpoint) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        CheckpointError: it has none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions here
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{checkpoint.path} has no tokenizer that can be read ({first_line}). "
+            "Copy tokenizer.json and tokenizer_config.json of the original model into it."
+        ) from error
+    if len(tokenizer) == 0:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.path} knows no tokens: its files are missing. "
+            "Copy tokenizer.json and tokenizer_config.json of the original model into the folder."
+        )
+    return tokenizer
