@@ -73,6 +73,9 @@ class OutputFolder:
         self._shards: list[dict[str, Any]] = []
         self._ours = False  # whether the unfinished work is known to be of this run
 
+        with self._disk_errors():
+            if self._journal_path.exists() and not self._model.exists():
+                shutil.rmtree(self.partial)  # a run that ended between its last two steps
         self._refuse_existing()
         with self._disk_errors():
             self._model.mkdir(parents=True, exist_ok=True)

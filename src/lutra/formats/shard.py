@@ -170,7 +170,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _tensor_info(entry: Any, data_begin: int) -> tuple[TensorInfo | None, str]:
@@ -178,9 +178,9 @@ def _tensor_info(entry: Any, data_begin: int) -> tuple[TensorInfo | None, str]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return None, "its entry lacks dtype, shape or data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         return None, f"unknown dtype {dtype!r}"
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
         return None, f"its shape is {shape!r}"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         return None, f"its data_offsets are {offsets!r}"
@@ -188,7 +188,7 @@ def _tensor_info(entry: Any, data_begin: int) -> tuple[TensorInfo | None, str]:
     needed_bits = prod(shape) * DTYPE_BITS[dtype]
     if end < begin or (end - begin) * 8 != needed_bits:
         return None, (
-            f"{dtype} of shape {shape} needs {needed_bits / 8:,.0f} bytes, "
+            f"{dtype} of shape {shape} needs {-(-needed_bits // 8):,} bytes, "
             f"and its data_offsets {offsets} give it {end - begin:,}"
         )
     return TensorInfo(dtype, tuple(shape), data_begin + begin, data_begin + end), ""
