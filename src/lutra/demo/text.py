@@ -17,7 +17,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 from lutra.errors import CalibrationError

@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -148,7 +148,8 @@ def train(
     unigram = -(counts / counts.sum()).log()[evaluation].mean().item()
     stream, evaluation = stream.to(device), evaluation.to(device)
 
-    model = build_model(recipe).to(device)
+    model: Any = build_model(recipe)  # transformers' `to` is typed for another purpose
+    model = model.to(device)
     torch.manual_seed(recipe.seed)  # dropout
     dropout_after = [b for layer in model.model.layers
                      for b in (layer.self_attn.o_proj, layer.mlp.down_proj)]
