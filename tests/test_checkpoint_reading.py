@@ -135,7 +135,8 @@ def test_side_files(tmp_path):
         "generation_config.json", "NOTICE.md", "additional_chat_templates/rag.jinja",
     ]  # fmt: skip
     (folder / "additional_chat_templates").mkdir()
-    for name in [*kept, "README.md", ".hidden.json", "training.log", "pytorch_model.bin.index.json"]:
+    left = ["README.md", ".hidden.json", "training.log", "pytorch_model.bin.index.json"]
+    for name in [*kept, *left]:
         (folder / name).write_text("x")
     found = SourceCheckpoint.open(folder).side_files()
     assert sorted(str(f.relative_to(folder)) for f in found) == sorted(kept)

@@ -116,6 +116,29 @@ def test_transformers_loads_what_was_written(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+def test_deferred_tensors_are_copied_one_at_a_time(tmp_path):
+    source = SourceCheckpoint.open(_complete(tmp_path / "source"))
+    names = source.names()
+    with OutputFolder(tmp_path / "out", RUN) as out:
+        out.write_shard("copied", {n: source.deferred(n) for n in names[:5]})
+        mixed = {n: source.tensor(n) if i else source.deferred(n) for i, n in enumerate(names[5:])}
+        out.write_shard("mixed", mixed)
+        out.finish(CONFIG)
+    copied = SourceCheckpoint.open(tmp_path / "out")
+    assert copied.names() == names
+    assert all(torch.equal(copied.tensor(n), source.tensor(n)) for n in names)
+
+
+def test_deferred_tensor_that_is_not_finite(tmp_path):
+    with OutputFolder(tmp_path / "source", RUN) as out:
+        out.write_shard("a", {"bad": torch.tensor([1.0, float("nan")])})
+        out.finish(CONFIG)
+    source = SourceCheckpoint.open(tmp_path / "source")
+    with OutputFolder(tmp_path / "out", RUN) as out, pytest.raises(CheckpointError, match="'bad'"):
+        out.write_shard("a", {"bad": source.deferred("bad")})
+    assert _names(tmp_path) == ["source"]
+
+
 def test_mistakes_of_the_caller(tmp_path):
     with OutputFolder(tmp_path / "out", RUN) as out:
         with pytest.raises(ValueError, match="nothing was written"):

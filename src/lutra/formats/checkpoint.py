@@ -28,6 +28,7 @@ from lutra.formats.output import OutputFolder
 from lutra.formats.shard import (
     DTYPE_NAMES,
     TORCH_DTYPES,
+    Deferred,
     Header,
     TensorInfo,
     read_header,
@@ -162,6 +163,19 @@ class SourceCheckpoint:
         """
         self._info(name)
         return self._shards.tensor(name)
+
+    def deferred(self, name: str) -> Deferred:
+        """The tensor for :meth:`OutputFolder.write_shard`: read, and checked, when it is written.
+
+        Reading it raises CheckpointError for NaN and infinite values.
+        """
+
+        def read() -> Tensor:
+            tensor = self.tensor(name)
+            check_finite(name, tensor)
+            return tensor
+
+        return Deferred(self.dtype(name), self.shape(name), read)
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """Rows ``begin`` to ``end`` of a tensor: a part of an embedding, without the rest.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lutra.errors import CheckpointError, ResourceError
 from lutra.formats.shard import (
+    Deferred,
     read_header,
     read_tensor,
     sync_folder,
@@ -104,7 +105,7 @@ class OutputFolder:
     def write_shard(
         self,
         key: str,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Deferred],
         meta: Mapping[str, Any] | None = None,
         *,
         state: Mapping[str, Tensor] | None = None,
@@ -113,7 +114,8 @@ class OutputFolder:
 
         Args:
             key: names the shard for :meth:`done_keys`, for example ``"block 3"``.
-            tensors: tensors by their names in the checkpoint.
+            tensors: tensors by their names in the checkpoint. One that is only copied can be
+                :meth:`SourceCheckpoint.deferred`; then one at a time is in memory.
             meta: anything JSON can hold, given back by :meth:`done_keys`.
             state: what the run needs to go on after this shard. It is saved under ``key``, in one
                 step with the shard: after a crash either both are there or neither counts. States
@@ -133,7 +135,7 @@ class OutputFolder:
         entry = {
             "key": key,
             "file": f"part-{len(self._shards) + 1:05d}.safetensors",
-            "tensors": {n: t.numel() * t.element_size() for n, t in sorted(tensors.items())},
+            "tensors": {n: t.nbytes for n, t in sorted(tensors.items())},
             "meta": json.loads(json.dumps(dict(meta or {}))),
         }
         with self._disk_errors():

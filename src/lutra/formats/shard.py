@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -243,8 +243,28 @@ def _memory_of(bytes_N: Tensor) -> memoryview:
     return memoryview(array)
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is read only while it is written, so that a shard need not fit in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __call__(self) -> Tensor:
+        tensor = self.read()
+        assert tensor.dtype == self.dtype and tuple(tensor.shape) == self.shape
+        return tensor
+
+
 def write_shard_file(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | Deferred],
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write a safetensors file so that it is whole or not there at all; returns its size.
 
@@ -255,12 +275,12 @@ def write_shard_file(
         OSError: the disk is full or refuses; the caller knows what to advise.
     """
     assert sys.byteorder == "little", "the format is little endian, and so must be the machine"
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
     end = 0
     for name in order:
         tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.nbytes
         dtype = DTYPE_NAMES.get(tensor.dtype)
         if dtype is None:
             raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which is not written")
@@ -270,7 +290,9 @@ def write_shard_file(
     with atomic_file(path) as file:
         _write_all(file, memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in order:
-            _write_all(file, _memory_of(tensor_bytes(tensors[name])))
+            tensor = tensors[name]
+            data = tensor() if isinstance(tensor, Deferred) else tensor
+            _write_all(file, _memory_of(tensor_bytes(data)))
     return 8 + len(raw) + end
 
 
