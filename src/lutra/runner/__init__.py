@@ -1,0 +1,1 @@
+"""How a model flows through a method: streaming, statistics, progress, resume. No mathematics."""

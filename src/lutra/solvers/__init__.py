@@ -1,0 +1,1 @@
+"""Shared mathematics of the methods: pure functions on tensors, no modules, files or devices."""

@@ -1,0 +1,284 @@
+"""Error feedback: quantize column after column, and let the columns still to come absorb the error.
+
+    minimise  tr((W - W^) H (W - W^)^T),   H = X^T X
+
+Frantar et al. 2023 (GPTQ / OPTQ, arXiv 2210.17323): with U the upper Cholesky factor of H^-1, the
+error of column j, divided by U_jj, times U[j, j+1:] is taken from the later columns. What a group's
+levels are is decided by a callable when the loop reaches the group, on weights that already carry
+the feedback; so the same loop serves integer grids (GPTQ), clipped grids and binary-coded levels.
+
+`descend` improves such a solution: it revisits every column with the others fixed (exact coordinate
+minimisation of the same loss) and refits all scales of a row at once against the whole H.
+
+Shape suffixes: O out features, I in features, S inputs of a group, G groups, P scales of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lutra.solvers.bcq import plane_signs
+from lutra.solvers.levels import FreeLevels, Levels, UniformLevels
+
+FindLevels = Callable[[Tensor, Tensor], Levels]
+"""``(weight [O, S], importance [S]) -> levels``."""
+
+
+@dataclass
+class Solution:
+    """Codes and levels of one weight matrix.
+
+    Attributes:
+        codes_OI: int64 codes.
+        levels: one entry per group of inputs.
+        group_size: inputs per group.
+    """
+
+    codes_OI: Tensor
+    levels: list[Levels]
+    group_size: int
+
+    def decode(self) -> Tensor:
+        """The dense weight ``[out, in]`` that the codes and levels stand for."""
+        parts = self.codes_OI.split(self.group_size, dim=1)
+        return torch.cat([lv.decode(c) for lv, c in zip(self.levels, parts, strict=True)], dim=1)
+
+
+def damped(hessian_II: Tensor, damping: float) -> Tensor:
+    """H with ``damping`` times its mean diagonal added; inputs never seen get a diagonal of 1.
+
+    A dead input (zero row and column) leaves its weights free; the identity there quantizes them to
+    the nearest level and feeds nothing back.
+    """
+    hessian_II = hessian_II.clone()
+    diagonal_I = hessian_II.diagonal()
+    mean = diagonal_I.mean()
+    diagonal_I += torch.where(diagonal_I == 0, mean.clamp_min(1e-12), 0)
+    diagonal_I += damping * mean
+    return hessian_II
+
+
+def inverse_cholesky(hessian_II: Tensor) -> Tensor:
+    """Upper U with U^T U = H^-1, in float64 inside; the damping is raised until H is definite."""
+    matrix = hessian_II.double()
+    boost = 1e-8 * matrix.diagonal().mean()
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper.to(hessian_II.dtype)
+        boost = boost * 10
+        matrix = matrix + boost * eye
+
+
+def round_to_nearest(weight_OI: Tensor, group_size: int, find_levels: FindLevels) -> Solution:
+    """Every weight to its nearest level, nothing fed back."""
+    codes, levels = [], []
+    for part_OS in weight_OI.split(group_size, dim=1):
+        found = find_levels(part_OS, torch.ones_like(part_OS[0]))
+        codes.append(found.encode(part_OS))
+        levels.append(found)
+    return Solution(torch.cat(codes, dim=1), levels, group_size)
+
+
+def quantize_with_feedback(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    group_size: int,
+    find_levels: FindLevels,
+    damping: float = 0.01,
+) -> Solution:
+    """The GPTQ loop. ``find_levels`` sees a group's weights and each input's importance 1 / U_jj^2.
+
+    Args:
+        weight_OI: float32 weights; not changed.
+        hessian_II: ``X^T X`` (any scale), undamped.
+        group_size: inputs per group; the last group may be shorter.
+        damping: fraction of the mean diagonal added to H.
+    """
+    upper_II = inverse_cholesky(damped(hessian_II, damping))
+    weight_OI = weight_OI.clone()
+    in_features = weight_OI.shape[1]
+    codes, levels = [], []
+    for start in range(0, in_features, group_size):
+        stop = min(start + group_size, in_features)
+        block_OS, upper_SS = weight_OI[:, start:stop], upper_II[start:stop, start:stop]
+        found = find_levels(block_OS.clone(), upper_SS.diagonal().reciprocal().square())
+        error_OS = torch.empty_like(block_OS)
+        for j in range(stop - start):
+            column_O1 = block_OS[:, j : j + 1]
+            code_O1 = found.encode(column_O1)
+            error_O1 = (column_O1 - found.decode(code_O1)) / upper_SS[j, j]
+            block_OS[:, j + 1 :] -= error_O1 * upper_SS[j, j + 1 :]
+            error_OS[:, j : j + 1] = error_O1
+            codes.append(code_O1)
+        weight_OI[:, stop:] -= error_OS @ upper_II[start:stop, stop:]
+        levels.append(found)
+    return Solution(torch.cat(codes, dim=1), levels, group_size)
+
+
+def output_error(weight_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor) -> float:
+    """||X (W - W^)^T||^2 / ||X W^T||^2, the relative squared error of the layer's output."""
+    error_OI = weight_OI - quantized_OI
+    signal = ((weight_OI @ hessian_II) * weight_OI).sum()
+    return float(((error_OI @ hessian_II) * error_OI).sum() / signal.clamp_min(1e-30))
+
+
+def refit_levels(
+    weight_OI: Tensor, hessian_II: Tensor, solution: Solution, rows: int = 256
+) -> Solution:
+    """All scales and offsets of a row at once, least squares under the whole H, codes kept.
+
+    With B the block matrix of the codes' signs, a = (B^T H B)^-1 B^T H w.
+
+    Args:
+        rows: rows solved together (memory grows with ``rows * in * (scales per group)``).
+    """
+    first = solution.levels[0]
+    uniform = isinstance(first, UniformLevels)
+    if uniform:
+        codes_L = torch.arange(2**first.bits, device=weight_OI.device)
+        per_code = (codes_L - first.center).to(weight_OI.dtype)[:, None]
+    else:
+        assert isinstance(first, FreeLevels)
+        per_code = plane_signs(first.alpha_NQ.shape[1], weight_OI.device).to(weight_OI.dtype)
+    table_LP = torch.cat([per_code, torch.ones_like(per_code[:, :1])], dim=1)
+    in_features, group_size = weight_OI.shape[1], solution.group_size
+    groups, unknowns = len(solution.levels), table_LP.shape[1]
+    bounds = [(g * group_size, min((g + 1) * group_size, in_features)) for g in range(groups)]
+    fitted = []
+    for first_row in range(0, weight_OI.shape[0], rows):
+        rows_RI = weight_OI[first_row : first_row + rows]
+        basis_RIP = table_LP[solution.codes_OI[first_row : first_row + rows]]
+        count = len(rows_RI)
+        gram = rows_RI.new_empty(count, groups, unknowns, groups, unknowns)
+        for g, (start, stop) in enumerate(bounds):
+            part_RSP = basis_RIP[:, start:stop]
+            product_RIP = torch.einsum("is,rsp->rip", hessian_II[:, start:stop], part_RSP)
+            for k, (low, high) in enumerate(bounds):
+                gram[:, k, :, g, :] = basis_RIP[:, low:high].mT @ product_RIP[:, low:high]
+        weighted_RI = rows_RI @ hessian_II
+        moment = rows_RI.new_empty(count, groups, unknowns)
+        for g, (start, stop) in enumerate(bounds):
+            moment[:, g] = (basis_RIP[:, start:stop].mT @ weighted_RI[:, start:stop, None])[..., 0]
+        size = groups * unknowns
+        matrix = gram.reshape(count, size, size).double()
+        # Damping relative to each unknown keeps constant or single-level groups solvable.
+        matrix.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(1e-12 * matrix.abs().amax())
+        solved = torch.linalg.solve(matrix, moment.reshape(count, size, 1).double())
+        fitted.append(solved.reshape(count, groups, unknowns).to(weight_OI.dtype))
+    scales_OGP = torch.cat(fitted)
+    levels: list[Levels] = []
+    for g in range(groups):
+        offset_O = scales_OGP[:, g, -1].contiguous()
+        if uniform:
+            levels.append(UniformLevels(scales_OGP[:, g, 0].contiguous(), offset_O, first.bits))
+        else:
+            levels.append(FreeLevels(scales_OGP[:, g, :-1].contiguous(), offset_O))
+    return Solution(solution.codes_OI, levels, group_size)
+
+
+def descend_codes(
+    weight_OI: Tensor, hessian_II: Tensor, solution: Solution, parents_OI: Tensor | None = None
+) -> Solution:
+    """One pass of exact coordinate minimisation over the columns, levels kept.
+
+    Column j's best value with all others fixed is w^_j + (E H)_j / H_jj with E = W - W^; it goes to
+    the nearest level. The loss cannot rise. Columns are taken in blocks so that the update of E H
+    is a matrix product.
+
+    Args:
+        parents_OI: codes of all planes but the last, which then stay; only the last plane is free.
+    """
+    quantized_OI = solution.decode()
+    gradient_OI = (weight_OI - quantized_OI) @ hessian_II
+    codes_OI = solution.codes_OI.clone()
+    for g, found in enumerate(solution.levels):
+        start = g * solution.group_size
+        stop = min(start + solution.group_size, weight_OI.shape[1])
+        hessian_SS = hessian_II[start:stop, start:stop]
+        gradient_OS = gradient_OI[:, start:stop].clone()
+        change_OS = torch.empty_like(gradient_OS)
+        for j in range(stop - start):
+            current_O1 = quantized_OI[:, start + j : start + j + 1]
+            target_O1 = current_O1 + gradient_OS[:, j : j + 1] / hessian_SS[j, j]
+            if parents_OI is None:
+                code_O1 = found.encode(target_O1)
+            else:
+                parent_O1 = parents_OI[:, start + j : start + j + 1]
+                code_O1 = nearer_child(found, target_O1, parent_O1)
+            change_O1 = found.decode(code_O1) - current_O1
+            gradient_OS -= change_O1 * hessian_SS[j]
+            codes_OI[:, start + j : start + j + 1] = code_O1
+            change_OS[:, j : j + 1] = change_O1
+        quantized_OI[:, start:stop] += change_OS
+        gradient_OI -= change_OS @ hessian_II[start:stop]
+    return Solution(codes_OI, solution.levels, solution.group_size)
+
+
+def nearer_child(levels: Levels, weight_NS: Tensor, parents_NS: Tensor) -> Tensor:
+    """Of the two codes that continue each parent code by one plane, the one nearer the weight."""
+    low_NS, high_NS = parents_NS * 2, parents_NS * 2 + 1
+    to_low = (weight_NS - levels.decode(low_NS)).abs()
+    to_high = (weight_NS - levels.decode(high_NS)).abs()
+    return torch.where(to_high < to_low, high_NS, low_NS)
+
+
+def add_plane(
+    weight_OI: Tensor, hessian_II: Tensor, solution: Solution, rounds: int = 4
+) -> Solution:
+    """One more plane under the planes of ``solution``, which stay as they are.
+
+    The levels start as those of the solution, each split in two, and are then refitted.
+
+    Args:
+        hessian_II: damped.
+        rounds: passes over the new plane's bits.
+    """
+    parents_OI = solution.codes_OI
+    residual_OI = weight_OI - solution.decode()
+    codes, levels = [], []
+    parts = zip(
+        solution.levels,
+        weight_OI.split(solution.group_size, dim=1),
+        residual_OI.split(solution.group_size, dim=1),
+        parents_OI.split(solution.group_size, dim=1),
+        strict=True,
+    )
+    for old, weight_OS, residual_OS, parents_OS in parts:
+        new: Levels
+        if isinstance(old, UniformLevels):
+            new = UniformLevels(old.step_N / 2, old.offset_N, old.bits + 1)
+        else:
+            assert isinstance(old, FreeLevels)
+            alpha_N1 = residual_OS.abs().mean(1, keepdim=True)
+            new = FreeLevels(torch.cat([old.alpha_NQ, alpha_N1], dim=1), old.offset_N)
+        codes.append(nearer_child(new, weight_OS, parents_OS))
+        levels.append(new)
+    solution = Solution(torch.cat(codes, dim=1), levels, solution.group_size)
+    for _ in range(rounds):
+        solution = refit_levels(weight_OI, hessian_II, solution)
+        solution = descend_codes(weight_OI, hessian_II, solution, parents_OI)
+    return refit_levels(weight_OI, hessian_II, solution)
+
+
+def descend(
+    weight_OI: Tensor, hessian_II: Tensor, solution: Solution, rounds: int, damping: float = 0.01
+) -> Solution:
+    """Alternate `refit_levels` and `descend_codes`; a row keeps the best it has seen.
+
+    Args:
+        rounds: passes over all columns; 0 refits the levels once.
+    """
+    matrix_II = damped(hessian_II, damping)
+    solution = refit_levels(weight_OI, matrix_II, solution)
+    for _ in range(rounds):
+        solution = refit_levels(weight_OI, matrix_II, descend_codes(weight_OI, matrix_II, solution))
+    return solution
