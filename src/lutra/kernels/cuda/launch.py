@@ -1,0 +1,145 @@
+"""Load compiled kernels on a device and launch them on torch's current stream.
+
+Arguments travel as one struct by value. Launches ask for programmatic dependent launch on cards that
+have it (compute capability 9 and up): a kernel may be scheduled while the one before it drains, and
+waits (`griddepcontrol.wait`) before it reads what that one wrote.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from lutra.errors import KernelError
+from lutra.kernels.cuda import nvrtc
+
+_load_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the kernels need to know of a GPU."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    shared_bytes: int
+
+    @property
+    def arch(self) -> str:
+        """Target of the compiler; cards from capability 9 have their own instruction sets."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+    @property
+    def dependent_launch(self) -> bool:
+        return self.capability >= (9, 0)
+
+
+@cache
+def card(index: int) -> Card:
+    """The GPU with torch's index ``index``."""
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", None) or 101376
+    return Card(index, p.name, (p.major, p.minor), p.multi_processor_count, shared)
+
+
+class Function:
+    """A kernel loaded on one device.
+
+    Args:
+        name: kernel file, and name of the function in it.
+        defines: compile-time parameters.
+        device: the GPU.
+        shared_bytes: dynamic shared memory of every launch.
+    """
+
+    def __init__(
+        self, name: str, defines: Mapping[str, int], device: Card, shared_bytes: int = 0
+    ) -> None:
+        from cuda.bindings import driver
+
+        self.name, self.device, self.shared_bytes = name, device, shared_bytes
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                f"kernel {name} {dict(defines)} is not loaded yet and cannot be loaded while a CUDA "
+                "graph is captured; run the layer once with this number of tokens before capturing"
+            )
+        cubin = nvrtc.compile_cubin(name, defines, device.arch)
+        with torch.cuda.device(device.index):
+            torch.cuda.current_stream()  # makes sure that the device's context exists and is current
+            torch.cuda.synchronize(device.index)
+            self._module = _ok(driver.cuModuleLoadData(cubin), f"load kernel {name}")
+            self._function = _ok(
+                driver.cuModuleGetFunction(self._module, name.encode()), f"find kernel {name}"
+            )
+            if shared_bytes > 48 * 1024:
+                attribute = driver.CUfunction_attribute
+                _ok(
+                    driver.cuFuncSetAttribute(
+                        self._function,
+                        attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        shared_bytes,
+                    ),
+                    f"give kernel {name} {shared_bytes} bytes of shared memory",
+                )
+        self._config = driver.CUlaunchConfig()
+        self._config.sharedMemBytes = shared_bytes
+        if device.dependent_launch:
+            dependent = driver.CUlaunchAttribute()
+            ids = driver.CUlaunchAttributeID
+            dependent.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            dependent.value.programmaticStreamSerializationAllowed = 1
+            self._config.attrs = [dependent]
+            self._config.numAttrs = 1
+        self._launch = driver.cuLaunchKernelEx
+
+    def __call__(
+        self, arguments: ctypes.Structure, grid: tuple[int, int, int], threads: int
+    ) -> None:
+        """Queue the kernel on the current stream of its device."""
+        config = self._config
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.hStream = torch.cuda.current_stream(self.device.index).cuda_stream
+        pointer = ctypes.c_void_p(ctypes.addressof(arguments))
+        # The driver copies the arguments before it returns.
+        result = self._launch(config, self._function, ctypes.addressof(pointer), 0)
+        if result[0] != 0:
+            _ok(result, f"launch kernel {self.name}")
+
+
+_functions: dict[tuple[Any, ...], Function] = {}
+
+
+def function(
+    name: str, defines: Mapping[str, int], device: Card, shared_bytes: int = 0
+) -> Function:
+    """The kernel, compiled and loaded at most once per process and device."""
+    key = (name, device.index, shared_bytes, tuple(sorted(defines.items())))
+    found = _functions.get(key)
+    if found is None:
+        with _load_lock:
+            found = _functions.get(key)
+            if found is None:
+                found = _functions[key] = Function(name, defines, device, shared_bytes)
+    return found
+
+
+def _ok(result: tuple[Any, ...], doing: str) -> Any:
+    """Value of a driver call, or a :class:`KernelError` with the driver's words."""
+    from cuda.bindings import driver
+
+    status = result[0]
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(status)
+        words = text.decode() if text else str(status)
+        raise KernelError(f"the CUDA driver could not {doing}: {words} ({status})")
+    return result[1] if len(result) > 1 else None

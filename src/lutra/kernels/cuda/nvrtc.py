@@ -1,0 +1,181 @@
+"""Compile CUDA C++ to machine code for one architecture, once, and keep it on disk.
+
+NVRTC needs neither a GPU nor a CUDA toolkit: the libraries that come with torch are enough. The
+cache is a folder of files named by the hash of source, options, architecture and NVRTC version:
+``$LUTRA_CACHE/cubin`` (default ``$XDG_CACHE_HOME/lutra/cubin``, then ``~/.cache/lutra/cubin``). Each
+file carries a digest of its content; one that does not fit is compiled anew. A folder that cannot be
+written costs a compilation per process, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from lutra.errors import KernelError
+
+logger = logging.getLogger(__name__)
+
+_HEADER = b"lutra cubin 1\n"
+_DIGEST_BYTES = 32
+COMMON_OPTIONS = ("-default-device", "--std=c++17", "-lineinfo")
+
+
+@cache
+def source(name: str) -> str:
+    """Text of a kernel of this folder, preceded by what all of them share."""
+    folder = Path(__file__).parent
+    common = (folder / "common.cuh").read_text(encoding="utf-8")
+    return common + (folder / f"{name}.cu").read_text(encoding="utf-8")
+
+
+@cache
+def version() -> tuple[int, int]:
+    """Version of the NVRTC library.
+
+    Raises:
+        KernelError: cuda-bindings or the NVRTC library is missing.
+    """
+    try:
+        from cuda.bindings import nvrtc
+
+        status, major, minor = nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise KernelError(
+            f"CUDA kernels are compiled by NVRTC, which cannot be loaded here ({error}); "
+            "install it with: pip install lutra[cuda]"
+        ) from error
+    _check(status)
+    return major, minor
+
+
+@cache
+def supported_archs() -> frozenset[int]:
+    """Compute capabilities that this NVRTC compiles for, as numbers like 90."""
+    version()
+    from cuda.bindings import nvrtc
+
+    status, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _check(status)
+    status, archs = nvrtc.nvrtcGetSupportedArchs()
+    _check(status)
+    return frozenset(archs[:count])
+
+
+def compile_cubin(name: str, defines: Mapping[str, int], arch: str) -> bytes:
+    """Machine code of kernel file ``name`` for ``arch`` (``sm_90a``), from the cache or compiled.
+
+    Raises:
+        KernelError: NVRTC is missing or refuses the source; its log is in the message.
+    """
+    options = [f"--gpu-architecture={arch}", *COMMON_OPTIONS]
+    options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    text = source(name)
+    identity = "\0".join([text, *options, repr(version())])
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    path = cache_folder() / f"{name}-{arch}-{key[:32]}.cubin"
+    found = _read(path)
+    if found is not None:
+        return found
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            found = _read(path)  # another process may have been faster
+            if found is None:
+                found = compile_uncached(text, options, f"{name}.cu")[0]
+                _write(path, found)
+        return found
+    except OSError as error:
+        _say_once(f"the kernel cache {path.parent} cannot be used ({error}); compiling in memory")
+        return compile_uncached(text, options, f"{name}.cu")[0]
+
+
+def compile_uncached(text: str, options: list[str], name: str) -> tuple[bytes, str]:
+    """Machine code and compiler log of a source text, whatever the cache holds."""
+    version()
+    from cuda.bindings import nvrtc
+
+    status, program = nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], [])
+    _check(status)
+    try:
+        encoded = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log_bytes = bytes(size)
+        nvrtc.nvrtcGetProgramLog(program, log_bytes)
+        log = log_bytes.rstrip(b"\0").decode(errors="replace").strip()
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise KernelError(f"NVRTC {version()} cannot compile {name} with {options}:\n{log}")
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(status)
+        cubin = bytes(size)
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin)[0])
+        return cubin, log
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def cache_folder() -> Path:
+    """Folder of compiled kernels; it need not exist."""
+    own = os.environ.get("LUTRA_CACHE")
+    if own:
+        return Path(own) / "cubin"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lutra" / "cubin"
+
+
+def _check(status: object) -> None:
+    from cuda.bindings import nvrtc
+
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise KernelError(f"NVRTC failed: {status}")
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    start = len(_HEADER) + _DIGEST_BYTES
+    digest, cubin = content[len(_HEADER) : start], content[start:]
+    if content.startswith(_HEADER) and hashlib.sha256(cubin).digest() == digest:
+        return cubin
+    _say_once(f"the cached kernel {path} is damaged; compiling it again")
+    return None
+
+
+def _write(path: Path, cubin: bytes) -> None:
+    """Whole file or nothing: written beside its place, then renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_HEADER + hashlib.sha256(cubin).digest() + cubin)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """Hold a lock file, so that of several processes one compiles and the others read."""
+    with path.open("ab") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such lock on Windows: the rename alone keeps the file whole
+            yield file
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,53 @@
+"""The `torch.library` op of the CUDA kernels, with its fake implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lutra.kernels.ops import library
+
+library.define(
+    "cuda_linear(Tensor x, Tensor planes, Tensor scales, Tensor? bias, int out_features, "
+    "int in_features, int bits, int group_size, bool uniform) -> Tensor"
+)
+
+
+def _check(x: Tensor, planes: Tensor, in_features: int) -> None:
+    torch._check(
+        x.dtype in (torch.float16, torch.bfloat16),
+        lambda: f"the CUDA kernels take float16 and bfloat16 activations, not {x.dtype}",
+    )
+    torch._check(
+        x.shape[-1] == in_features,
+        lambda: f"activations have {x.shape[-1]} features, the weight takes {in_features}",
+    )
+    torch._check(
+        x.device == planes.device,
+        lambda: f"activations are on {x.device}, the weight on {planes.device}",
+    )
+
+
+@torch.library.register_fake("lutra::cuda_linear", lib=library)
+def _(
+    x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int,
+    in_features: int, bits: int, group_size: int, uniform: bool,
+) -> Tensor:
+    _check(x, planes, in_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _cuda_linear(
+    x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int,
+    in_features: int, bits: int, group_size: int, uniform: bool,
+) -> Tensor:
+    from lutra.kernels.cuda.layout import layout_of
+    from lutra.kernels.cuda.products import multiply
+
+    _check(x, planes, in_features)
+    layout = layout_of(out_features, in_features, bits, group_size, uniform)
+    y = multiply(x.reshape(-1, in_features), planes, scales, bias, layout, uniform)
+    return y.view(*x.shape[:-1], out_features)
+
+
+library.impl("cuda_linear", _cuda_linear, "CUDA")

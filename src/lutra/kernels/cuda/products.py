@@ -1,0 +1,232 @@
+"""Plans and launches: which kernel multiplies how many tokens, with which parameters.
+
+Every plan is a pure function of the layout and the card and is computed once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lutra.errors import KernelError
+from lutra.kernels.cuda.launch import Card, Function, card, function
+from lutra.kernels.cuda.layout import TILE_ROWS, Layout
+
+MAX_BINARY_TOKENS = 4
+DENSE_WORKSPACE_BYTES = 64 << 20
+
+
+class _BinaryArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
+        ("y_stride", ctypes.c_longlong),
+        ("rows", ctypes.c_int),
+        ("in_features", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("items", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("items_per_group", ctypes.c_int),
+        ("panel_items", ctypes.c_int),
+        ("k_warps", ctypes.c_int),
+    ]
+
+
+class _DequantizeArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("in_features", ctypes.c_int),
+        ("tile_begin", ctypes.c_int),
+        ("tile_end", ctypes.c_int),
+        ("items", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("items_per_group", ctypes.c_int),
+    ]
+
+
+def format_defines(layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype) -> dict:
+    """Compile-time parameters that every kernel takes."""
+    return {
+        "BITS": layout.bits,
+        "GROUP": layout.group,
+        "UNIFORM": int(uniform),
+        "SCALE_FLOAT": int(scale == torch.float32),
+        "X_BF16": int(x == torch.bfloat16),
+    }
+
+
+@dataclass(frozen=True)
+class BinaryPlan:
+    """Parameters of one launch of `binary_linear.cu`."""
+
+    tokens: int
+    warps: int
+    stages: int
+    k_warps: int
+    panel_items: int
+    grid: int
+    shared_bytes: int
+
+
+@lru_cache(maxsize=None)
+def plan_binary(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> BinaryPlan:
+    """How a block's warps share rows and inputs, and how much of x it holds at a time."""
+    warps = 16 if device.shared_bytes >= 160 << 10 else 8
+    splits = max(1, 128 // layout.group)
+    scales = (256 // layout.group) * 8 * layout.slots * 2 * scale_bytes
+    stage = layout.bits * 512 + scales
+    stages = max(2, min(6, (96 << 10) // (16 * stage)))
+    per_item = tokens * (512 + 2 * splits * 64)
+    fixed = warps * stages * stage + 2 * warps * tokens * TILE_ROWS * 4
+    steps = -(-layout.tiles // device.processors)
+    partial = steps * tokens * TILE_ROWS * 4
+    if fixed + layout.items * per_item <= device.shared_bytes:
+        panel, partial = layout.items, 0
+    else:
+        panel = (device.shared_bytes - fixed - partial) // per_item // warps * warps
+        if panel <= 0:
+            raise KernelError(
+                f"{layout} needs more shared memory than the {device.shared_bytes} bytes of "
+                f"{device.name}"
+            )
+    k_warps = warps
+    if not partial:
+        choices = [k for k in (1, 2, 4, 8, 16) if k <= warps]
+
+        def cost(k: int) -> float:
+            blocks = device.processors * (warps // k)
+            return -(-layout.tiles // blocks) * (-(-layout.items // k) + 0.3)
+
+        k_warps = min(reversed(choices), key=cost)
+    grid = min(device.processors, -(-layout.tiles // (warps // k_warps)))
+    shared = fixed + panel * per_item + partial
+    return BinaryPlan(tokens, warps, stages, k_warps, panel, grid, shared)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=None)
+def _binary_function(
+    layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, tokens: int, device: Card
+) -> tuple[BinaryPlan, Function]:
+    plan = plan_binary(layout, scale.itemsize, tokens, device)
+    defines = format_defines(layout, uniform, scale, x)
+    defines |= {"TOKENS": tokens, "WARPS": plan.warps, "STAGES": plan.stages}
+    return plan, function("binary_linear", defines, device, plan.shared_bytes)
+
+
+def binary_linear(
+    x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, layout: Layout,
+    uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for 1 to 4 rows of x; ``x`` and ``y`` have unit inner stride."""
+    device = card(x.device.index)
+    plan, kernel = _binary_function(layout, uniform, scales.dtype, x.dtype, x.shape[0], device)
+    arguments = _BinaryArguments(
+        planes.data_ptr(), scales.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(),
+        x.stride(0), y.stride(0), layout.rows, layout.inputs, layout.tiles, layout.items,
+        layout.groups, layout.items_per_group, plan.panel_items, plan.k_warps,
+    )
+    kernel(arguments, (plan.grid, 1, 1), plan.warps * 32)
+
+
+@lru_cache(maxsize=None)
+def _dequantize_function(
+    layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, device: Card
+) -> Function:
+    return function("dequantize", format_defines(layout, uniform, scale, x), device)
+
+
+_workspaces: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
+def dense_workspace(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Scratch memory for dense rows, one per device and dtype, made once and never freed."""
+    assert device.index is not None
+    key = (device.index, dtype)
+    if key not in _workspaces:
+        if torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                "the workspace for long inputs is not allocated yet and cannot be while a CUDA "
+                "graph is captured; run the layer once before capturing"
+            )
+        size = DENSE_WORKSPACE_BYTES // dtype.itemsize
+        _workspaces[key] = torch.empty(size, dtype=dtype, device=device)
+    return _workspaces[key]
+
+
+def dense_linear(
+    x: Tensor, planes: Tensor, scales: Tensor, y: Tensor, layout: Layout, uniform: bool
+) -> None:
+    """``y = x @ W.T`` by expanding some rows at a time into a reused tile that stays in L2."""
+    device = card(x.device.index)
+    kernel = _dequantize_function(layout, uniform, scales.dtype, x.dtype, device)
+    workspace = dense_workspace(x.device, x.dtype)
+    tiles = workspace.numel() // (TILE_ROWS * layout.inputs)
+    tiles = min(layout.tiles, tiles)
+    if tiles == 0:
+        workspace = x.new_empty(TILE_ROWS * layout.inputs)
+        tiles = 1
+    for begin in range(0, layout.tiles, tiles):
+        end = min(begin + tiles, layout.tiles)
+        arguments = _DequantizeArguments(
+            planes.data_ptr(), scales.data_ptr(), workspace.data_ptr(), layout.inputs, begin, end,
+            layout.items, layout.groups, layout.items_per_group,
+        )
+        warps = (end - begin) * layout.items * 2
+        kernel(arguments, (-(-warps // 8), 1, 1), 256)
+        first, last = begin * TILE_ROWS, min(end * TILE_ROWS, layout.rows)
+        dense = workspace[: (last - first) * layout.inputs].view(last - first, layout.inputs)
+        if first == 0 and last == layout.rows:
+            torch.mm(x, dense.T, out=y)
+        else:
+            y[:, first:last] = x @ dense.T
+
+
+def multiply(
+    x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, layout: Layout, uniform: bool
+) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` ``[tokens, inputs]``, by the kernel for that many tokens."""
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        x = x.contiguous()
+    tokens = x.shape[0]
+    y = x.new_empty(tokens, layout.rows)
+    with torch.cuda.device(x.device.index):
+        fused = bias if bias is None or bias.dtype == x.dtype else None
+        if tokens <= 2 * MAX_BINARY_TOKENS:
+            for i in range(0, tokens, MAX_BINARY_TOKENS):
+                part = slice(i, i + MAX_BINARY_TOKENS)
+                binary_linear(x[part], planes, scales, fused, y[part], layout, uniform)
+        else:
+            dense_linear(x, planes, scales, y, layout, uniform)
+            fused = None
+    if bias is not None and fused is None:
+        y += bias
+    return y
+
+
+def load(
+    layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, device: torch.device,
+    tokens: tuple[int, ...] = (1,),
+) -> None:
+    """Compile and load the kernels for some numbers of tokens, and allocate their workspaces."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if x not in (torch.float16, torch.bfloat16):
+        raise KernelError(f"the CUDA kernels take float16 and bfloat16 activations, not {x}")
+    for count in tokens:
+        if count <= MAX_BINARY_TOKENS:
+            _binary_function(layout, uniform, scale, x, count, card(index))
+    _dequantize_function(layout, uniform, scale, x, card(index))
+    dense_workspace(torch.device("cuda", index), x)

@@ -1,0 +1,169 @@
+"""The CUDA kernels against the float64 product of the stored weight, on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from lutra.formats.bitplanes import BitPlanes, groups_per_row
+from lutra.kernels.dispatch import LinearSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROUNDING_ALLOWANCE = 1.2  # times the error of rounding the exact result to the output type
+
+
+def random_weight(
+    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool,
+    scale_dtype: torch.dtype = torch.float16,
+) -> BitPlanes:
+    groups = groups_per_row(in_features, group_size)
+    signs = torch.randint(0, 2, (bits, out_features, in_features), device="cuda") * 2 - 1
+    scale = torch.rand(1 if uniform else bits, out_features, groups, device="cuda") + 0.1
+    offset = torch.randn(out_features, groups, device="cuda")
+    return BitPlanes.from_signs(
+        signs, scale.to(scale_dtype), offset.to(scale_dtype), group_size
+    )
+
+
+def spec_of(weight: BitPlanes, dtype: torch.dtype) -> LinearSpec:
+    return LinearSpec(
+        weight.out_features, weight.in_features, weight.bits, weight.group_size, weight.uniform,
+        weight.planes.device, dtype,
+    )
+
+
+def check(weight: BitPlanes, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    from lutra.kernels.cuda import CudaKernel
+
+    kernel, spec = CudaKernel(), spec_of(weight, x.dtype)
+    assert kernel.supports(spec) is None
+    prepared = kernel.prepare(weight, spec)
+    y = kernel.linear(x, prepared, bias, spec)
+    exact = x.double() @ weight.unpack(torch.float64).T
+    if bias is not None:
+        exact = exact + bias.double()
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    rounding = (exact.to(x.dtype).double() - exact).norm()
+    error = (y.double() - exact).norm()
+    allowed = ROUNDING_ALLOWANCE * max(rounding.item(), 1e-7 * exact.norm().item())
+    assert error.item() <= allowed, (
+        f"{tuple(x.shape)} {spec}: {error.item() / rounding.item():.3f} times the rounding error"
+    )
+    assert torch.equal(y, kernel.linear(x, prepared, bias, spec)), "two runs differ"
+    restored = kernel.restore(prepared, spec)
+    for name, tensor in weight.tensors().items():
+        assert torch.equal(restored.tensors()[name], tensor), name
+
+
+SHAPES = [(16, 256), (1, 32), (5, 40), (33, 96), (130, 300), (64, 1000), (257, 1088), (48, 4128)]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_group_and_odd_shape(bits: int, uniform: bool) -> None:
+    torch.manual_seed(bits)
+    cases = itertools.product(SHAPES, (32, 64, 128, 256, 384, 1 << 20))
+    for index, ((out_features, in_features), group) in enumerate(cases):
+        group_size = min(group, -(-in_features // 32) * 32)
+        dtype = (torch.float16, torch.bfloat16)[index % 2]
+        scale = (torch.float16, torch.float32)[index // 2 % 2]
+        weight = random_weight(out_features, in_features, bits, group_size, uniform, scale)
+        batch = (1, 2, 3, 4, 1, 5, 7)[index % 7]
+        x = torch.randn(batch, in_features, device="cuda").to(dtype) * 10 ** (index % 5 - 2)
+        check(weight, x)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 8, 9, 16, 17, 33, 64, 65, 128, 200, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_batches(batch: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(batch)
+    for uniform, bits, group_size in ((False, 3, 128), (True, 4, 128), (True, 3, 32), (False, 2, 64)):
+        weight = random_weight(328, 1152, bits, group_size, uniform)
+        x = torch.randn(batch, 1152, device="cuda").to(dtype)
+        bias = torch.randn(328, device="cuda").to(dtype)
+        check(weight, x, bias)
+
+
+def test_rows_longer_than_shared_memory() -> None:
+    torch.manual_seed(0)
+    for batch in (1, 2, 4):
+        weight = random_weight(80, 53248 + 96, 3, 128, False)
+        check(weight, torch.randn(batch, 53248 + 96, device="cuda").half())
+
+
+def test_many_rows_and_outliers() -> None:
+    torch.manual_seed(1)
+    weight = random_weight(20000, 512, 3, 128, False)
+    x = torch.randn(2, 512, device="cuda").half()
+    x[0, 3], x[1, 200] = 3000, -1000
+    check(weight, x)
+
+
+def test_not_contiguous_empty_and_extra_dimensions() -> None:
+    from lutra.kernels.cuda import CudaKernel
+
+    torch.manual_seed(2)
+    weight = random_weight(40, 256, 3, 64, True)
+    kernel, spec = CudaKernel(), spec_of(weight, torch.float16)
+    prepared = kernel.prepare(weight, spec)
+    wide = torch.randn(6, 3, 512, device="cuda").half()
+    for x in (wide[..., :256], wide[..., ::2], wide[::2, :, 256:], wide[:0, :, :256],
+              wide.transpose(0, 1)[..., 3:259], torch.randn(256, device="cuda").half()):
+        y = kernel.linear(x, prepared, None, spec)
+        exact = x.double() @ weight.unpack(torch.float64).T
+        assert y.shape == exact.shape
+        assert torch.allclose(y.double(), exact, rtol=2e-3, atol=2e-2)
+
+
+def test_graph_capture_and_compile() -> None:
+    from lutra.kernels.cuda import CudaKernel
+
+    torch.manual_seed(3)
+    weight = random_weight(256, 512, 3, 128, False)
+    kernel, spec = CudaKernel(), spec_of(weight, torch.float16)
+    prepared = kernel.prepare(weight, spec)
+    for batch in (1, 3, 12, 40):
+        x = torch.randn(batch, 512, device="cuda").half()
+        eager = kernel.linear(x, prepared, None, spec)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = kernel.linear(x, prepared, None, spec)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(captured, kernel.linear(x, prepared, None, spec))
+        assert not torch.equal(captured, eager)
+    compiled = torch.compile(
+        lambda x: torch.relu(kernel.linear(x * 2, prepared, None, spec)), fullgraph=True
+    )
+    x = torch.randn(2, 512, device="cuda").half()
+    assert torch.equal(compiled(x), torch.relu(kernel.linear(x * 2, prepared, None, spec)))
+
+
+def test_values_that_are_not_finite_are_not_hidden() -> None:
+    from lutra.kernels.cuda import CudaKernel
+
+    weight = random_weight(32, 256, 2, 128, False)
+    kernel, spec = CudaKernel(), spec_of(weight, torch.float16)
+    prepared = kernel.prepare(weight, spec)
+    for value in (float("nan"), float("inf")):
+        x = torch.randn(2, 256, device="cuda").half()
+        x[1, 7] = value
+        y = kernel.linear(x, prepared, None, spec)
+        assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
+
+
+def test_wrong_arguments_are_named() -> None:
+    from lutra.kernels.cuda import CudaKernel
+
+    weight = random_weight(32, 256, 2, 128, False)
+    kernel, spec = CudaKernel(), spec_of(weight, torch.float16)
+    prepared = kernel.prepare(weight, spec)
+    with pytest.raises(RuntimeError, match="256"):
+        kernel.linear(torch.randn(1, 128, device="cuda").half(), prepared, None, spec)
+    with pytest.raises(RuntimeError, match="float32"):
+        kernel.linear(torch.randn(1, 256, device="cuda"), prepared, None, spec)
