@@ -256,8 +256,9 @@ def report(
         "source": source_facts(source) if source is not None else earlier.get("source"),
         "layers": layers,
     }
+    content = _finite(content)
     rows = report_rows(content)
-    _write(folder / REPORT_JSON, json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+    _write(folder / REPORT_JSON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     quantization = dict(content["quantization"])
     page_facts = {k.replace("_", " "): v for k, v in quantization.items() if v is not None}
     write_report(
@@ -400,7 +401,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity: a perplexity that overflowed becomes null."""
+    """JSON knows no infinity: a figure that overflowed becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
