@@ -14,10 +14,15 @@ from lutra.kernels.dispatch import LinearSpec
 _native = pytest.importorskip(
     "lutra.kernels.cpu._native", reason="the CPU extension was not built here"
 )
-from lutra.kernels.cpu import linear as cpu  # noqa: E402
+from lutra.kernels.cpu import linear as cpu
 
 LEVELS = _native.levels()
 EXACT, FAST = 5e-5, 8e-3
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=LEVELS)

@@ -210,8 +210,10 @@ uint64_t read_stream(const void* data, size_t bytes, int threads) {
     const size_t to = from + kPart / 8 < bytes / 8 ? from + kPart / 8 : bytes / 8;
     uint64_t sum[8] = {};
     size_t i = from;
-    for (; i + 8 <= to; i += 8)
+    for (; i + 8 <= to; i += 8) {
+      __builtin_prefetch((const char*)(words + i) + 2048, 0, 3);
       for (int k = 0; k < 8; k++) sum[k] += words[i + k];
+    }
     for (; i < to; i++) sum[0] += words[i];
     for (int k = 0; k < 8; k++) sums[thread * 8] += sum[k];
   };

@@ -70,6 +70,19 @@ def padded_rows(out_features: int) -> int:
     return -(-out_features // TILE_ROWS) * TILE_ROWS
 
 
+def _allocate(sizes: tuple[int, ...], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Flat tensors beside each other in one block for weights."""
+    bytes_of = [n * d.itemsize for n, d in zip(sizes, dtypes, strict=True)]
+    starts = [0]
+    for n in bytes_of:
+        starts.append(starts[-1] + -(-n // 64) * 64)
+    block = native().allocate(starts[-1])
+    return [
+        block[start : start + n].view(dtype)
+        for start, n, dtype in zip(starts, bytes_of, dtypes, strict=False)
+    ]
+
+
 library = torch.library.Library("lutra", "FRAGMENT")
 library.define(
     "cpu_linear(Tensor x, Tensor planes, Tensor scale, Tensor offset, Tensor? bias, "
@@ -136,26 +149,48 @@ def cpu_linear(
 ) -> Tensor:
     """``x`` ``[..., in]`` times a prepared weight, ``[..., out]`` in the dtype of ``x``."""
     _check(x, planes, scale, offset, bias, out_features, in_features, bits, group_size, uniform)
-    x_MI = x.reshape(-1, in_features)
-    if x_MI.stride(1) != 1:
-        x_MI = x_MI.contiguous()
-    rows = x_MI.shape[0]
-    y_MO = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    if rows:
-        layer = (
-            planes.data_ptr(), scale.data_ptr(), offset.data_ptr(), ACTIVATIONS[scale.dtype],
-            ACTIVATIONS[offset.dtype], out_features, in_features, bits, group_size, uniform,
+    layer = (
+        planes.data_ptr(), scale.data_ptr(), offset.data_ptr(), ACTIVATIONS[scale.dtype],
+        ACTIVATIONS[offset.dtype], out_features, in_features, bits, group_size, uniform,
+    )
+    return _run(x, layer, bias, fast)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether ``x`` may skip the dispatcher, which takes longer than a small layer's product: an
+    ordinary tensor on the CPU that nothing traces, records or differentiates."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _run(x: Tensor, layer: tuple[Any, ...], bias: Tensor | None, fast: bool) -> Tensor:
+    out_features, in_features, bits = layer[5:8]
+    y = x.new_empty((*x.shape[:-1], out_features))
+    rows = y.numel() // out_features
+    if rows == 0:
+        return y
+    if rows <= most_rows_by_tables(bits, x.dtype, fast):
+        stride = in_features
+        if not x.is_contiguous():
+            x = x.reshape(-1, in_features)
+            x = x if x.stride(1) == 1 else x.contiguous()
+            stride = x.stride(0)
+        if bias is not None:
+            bias = bias.to(torch.float32).contiguous()
+        code = ACTIVATIONS[x.dtype]
+        native().linear(
+            *layer, fast, x.data_ptr(), code, stride, rows,
+            0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )
-        if rows <= most_rows_by_tables(bits, x.dtype, fast):
-            bias_f32 = None if bias is None else bias.to(torch.float32).contiguous()
-            native().linear(
-                *layer, fast, x_MI.data_ptr(), ACTIVATIONS[x.dtype], x_MI.stride(0), rows,
-                0 if bias_f32 is None else bias_f32.data_ptr(), y_MO.data_ptr(),
-                torch.get_num_threads(),
-            )
-        else:
-            _multiply_decoded(x_MI, y_MO, bias, layer)
-    return y_MO.view(*x.shape[:-1], out_features)
+    else:
+        _multiply_decoded(x.reshape(-1, in_features), y.view(rows, out_features), bias, layer)
+    return y
 
 
 def _multiply_decoded(
@@ -224,10 +259,7 @@ class CpuKernel(Kernel):
             rows * groups,
         )
         stored = [t.contiguous() for t in (weight.planes, weight.scale, weight.offset)]
-        prepared = [
-            torch.empty(n, dtype=t.dtype, device=t.device)
-            for n, t in zip(sizes, stored, strict=True)
-        ]
+        prepared = _allocate(sizes, [t.dtype for t in stored])
         threads = torch.get_num_threads()
         native().prepare(
             *self._layer(prepared, spec), *(t.data_ptr() for t in stored), threads
@@ -256,11 +288,12 @@ class CpuKernel(Kernel):
     def linear(
         self, x: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: LinearSpec
     ) -> Tensor:
-        arguments = (
+        if _is_plain(x) and x.dtype in ACTIVATIONS and x.shape[-1:] == (spec.in_features,):
+            return _run(x, self._layer(prepared, spec), bias, self.fast)
+        return torch.ops.lutra.cpu_linear(
             x, *prepared, bias, spec.out_features, spec.in_features, spec.bits, spec.group_size,
             spec.uniform, self.fast,
         )
-        return torch.ops.lutra.cpu_linear(*arguments)
 
     @staticmethod
     def _layer(prepared: list[Tensor], spec: LinearSpec) -> tuple[Any, ...]:

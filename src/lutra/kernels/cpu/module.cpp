@@ -2,6 +2,7 @@
 // every release. lutra/kernels/cpu/linear.py checks shapes, dtypes and strides before it calls; what
 // is checked here again costs nothing and keeps a wrong call from reading outside its tensors.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,6 +13,7 @@
 
 #include "engine.h"
 #include "features.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace lutra;
@@ -131,6 +133,13 @@ NB_MODULE(_native, m) {
           decode(layer.w, *current, first_row / block, (first_row + rows + block - 1) / block,
                  dtype, pointer<void>(dst), threads);
         });
+  m.def("allocate",
+        [](size_t bytes) {
+          void* block = allocate_weight(bytes);
+          nb::capsule owner(block, [](void* p) noexcept { free_weight(p); });
+          return nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>(block, {bytes}, owner);
+        },
+        "Memory for a prepared weight, a uint8 tensor; on huge pages where there are any.");
   m.def("read_stream",
         [](size_t data, size_t bytes, int threads) {
           check_rows(0, threads);
