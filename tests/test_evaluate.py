@@ -222,6 +222,14 @@ def test_model_errors(folder: Path, text: Path, tmp_path: Path) -> None:
         evaluate(folder, text=text, against=other)
 
 
+def test_verbs_stay_verbs_once_their_modules_are_imported(folder: Path, text: Path) -> None:
+    import lutra
+
+    for _ in range(2):
+        assert lutra.evaluate(folder, text=text, max_windows=1)["windows"] == 1
+        assert lutra.generate(folder, "x", 1)["new_tokens"] == 1
+
+
 # ---- size
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -168,3 +170,13 @@ def _padding(tokenizer: Any, model: Any) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return min(_ends(model), default=0)
+
+
+class _Verb(ModuleType):
+    """``lutra.generate`` is this module once it is imported, and stays the verb it was before."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return generate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Verb

@@ -60,8 +60,6 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    if is_quantized(checkpoint.config):
-        import lutra.integrations.transformers  # noqa: F401  (registers the quantizer)
     logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,11 +1,12 @@
-"""lm-evaluation-harness: tasks from our own rows, and a model type ``lutra`` for its own tasks.
+"""lm-evaluation-harness: score a loaded model on tasks whose rows are already read.
 
-The harness has no plugin discovery. ``lutra eval --tasks`` needs none: it passes a loaded model. To
-run the harness's own tasks on a quantized folder::
+The harness's own tasks need nothing of ours: after ``import lutra`` its model type ``hf`` loads a
+quantized folder, because transformers does::
 
-    import lm_eval, lutra.integrations.lm_eval
-    lutra.integrations.lm_eval.register()
-    lm_eval.simple_evaluate(model="lutra", model_args="pretrained=DIR", tasks=["lambada_openai"])
+    import lm_eval, lutra
+    lm_eval.simple_evaluate(model="hf", model_args="pretrained=DIR", tasks=["lambada_openai"])
+
+The command ``lm_eval`` alone imports no lutra, and stops with an error on the packed weights.
 """
 
 from __future__ import annotations
@@ -36,24 +37,6 @@ def require_lm_eval() -> Any:
             'Install it: pip install "lutra[eval]"'
         ) from error
     return lm_eval
-
-
-def register() -> None:
-    """Make ``model="lutra"`` known to the harness in this process. Calling it again does no harm.
-
-    Raises:
-        ResourceError: the harness is not installed.
-    """
-    lm_eval = require_lm_eval()
-    import lutra.integrations.transformers  # noqa: F401  (registers the quantizer)
-    from lm_eval.api.registry import get_model, register_model
-
-    try:
-        get_model("lutra")
-    except (ValueError, KeyError):  # not yet known
-        # A class of its own because the harness takes a class once, under one name.
-        hflm: Any = lm_eval.models.huggingface.HFLM
-        register_model("lutra")(type("LutraLM", (hflm,), {"__doc__": "A folder made by lutra."}))
 
 
 def score(
