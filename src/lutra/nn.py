@@ -125,6 +125,12 @@ class QuantizedLinear(nn.Module):
                 self._parameters[name] = None
         return self._choice
 
+    def prepare_if_local(self, dtype: torch.dtype) -> None:
+        """:meth:`prepare`, unless tensor parallelism has sharded the weight."""
+        weight = self._parameters["weight"]
+        if weight is not None and not weight.is_meta and not hasattr(weight, "to_local"):
+            self.prepare(dtype)
+
     def _owns_layout(self) -> bool:
         held = {t.data_ptr() for t in self._prepared}
         return self.weight.data_ptr() not in held

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.errors import CalibrationError, CheckpointError
+from lutra.errors import CalibrationError, SchemeError
+from lutra.evaluate.perplexity import read_text, tokenize
 
 
 @dataclass(frozen=True)
@@ -26,45 +26,6 @@ class Calibration:
     facts: dict[str, Any]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer, from local files alone.
-
-    Raises:
-        CheckpointError: there is none, or it can not be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the library raises many kinds for a missing or damaged tokenizer
-        raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load ({error}). Copy tokenizer.json "
-            "and tokenizer_config.json of the model beside its weights."
-        ) from error
-
-
-def read_text(path: str | Path) -> tuple[str, str]:
-    """A text file and the SHA-256 of its bytes.
-
-    Raises:
-        CalibrationError: no such file, not UTF-8, or empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CalibrationError(f"calibration text {path} does not exist or is not a file")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"calibration text {path} is not UTF-8 (byte {error.start}). Convert it first, for "
-            f"example: iconv -f latin1 -t utf-8 {path}"
-        ) from error
-    if not text.strip():
-        raise CalibrationError(f"calibration text {path} is empty")
-    return text, hashlib.sha256(content).hexdigest()
-
-
 def calibration_windows(
     tokenizer: Any, path: str | Path, samples: int, seq_len: int, seed: int
 ) -> Calibration:
@@ -74,9 +35,12 @@ def calibration_windows(
 
     Raises:
         CalibrationError: the text is missing, unreadable, or shorter than one window.
+        SchemeError: no samples, or windows too short to predict anything.
     """
-    text, digest = read_text(path)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    if samples < 1 or seq_len < 2:
+        raise SchemeError(f"--samples must be at least 1 and --seq-len 2, not {samples}, {seq_len}")
+    text, digest = read_text(Path(path))
+    ids = tokenize(tokenizer, text)
     windows = len(ids) // seq_len
     if windows == 0:
         raise CalibrationError(

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from lutra.errors import CalibrationError, CheckpointError, SchemeError
+from lutra.evaluate.load import load_tokenizer
 from lutra.formats.checkpoint import SourceCheckpoint, check_finite, quantization_config
 from lutra.formats.output import OutputFolder
 from lutra.methods import Block, BlockRunner, InputStatistics, Method, Result, get_method
-from lutra.runner.calibrate import Calibration, calibration_windows, load_tokenizer
+from lutra.runner.calibrate import Calibration, calibration_windows
 from lutra.runner.stream import StreamedModel, compute_dtype
 from lutra.scheme import Format, Scheme
 from lutra.solvers.gptq_loop import output_error
@@ -177,7 +178,7 @@ class _Walk:
         config = self.checkpoint.config
         positions = config.get("max_position_embeddings") or config.get("n_positions")
         seq_len = min(recipe.seq_len, positions or recipe.seq_len)
-        tokenizer = load_tokenizer(self.checkpoint.path)
+        tokenizer = load_tokenizer(self.checkpoint)
         return calibration_windows(
             tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed
         )

@@ -1,0 +1,490 @@
+"""The command line: verbs, their options, and how results and errors are shown.
+
+Each verb imports what it needs when it runs. With ``--json`` exactly one JSON object goes to standard
+output; tables, progress and messages go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lutra.errors import LutraError, SchemeError
+
+app = typer.Typer(
+    name="lutra",
+    help="Make a large language model low-bit, know what that cost, and run it fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; chosen by model and device.")
+]
+
+
+def main() -> None:
+    """Entry point of ``lutra``: errors of the user's input become one message and exit status 1."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment,misc]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lutra").setLevel(logging.INFO)
+    try:
+        app()
+    except LutraError as error:
+        _say(f"[bold red]error:[/] {_escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+
+
+# ---- verbs
+
+
+@app.command()
+def quantize(
+    src: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    method: Annotated[str, typer.Option(help="See `lutra methods`.")] = "lut-gemm",
+    bits: Annotated[int, typer.Option(help="Width of the weights, 1 to 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Inputs per group, a multiple of 32; -1: one group per row.")
+    ] = 128,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Train on each block's output (lut-gemm).")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable."),
+    ] = None,
+    serve_bits: Annotated[
+        str, typer.Option(help="Lower precisions to serve from the same file, such as 2,3,4.")
+    ] = "",
+    lm_head_bits: Annotated[
+        int, typer.Option(help="Quantize the head too, with so many bits; 0 leaves it.")
+    ] = 0,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Choice of windows, order of training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint into a new folder. The same command again resumes an interrupted run."""
+    from lutra.api import quantize as run
+    from lutra.scheme import options_from_strings
+
+    options = options_from_strings(_pairs(settings or []))
+    kind = options.pop("format", "")
+    if reconstruct:
+        options["reconstruct"] = True
+    started = time.perf_counter()
+    with _progress("quantizing") as update:
+        report = run(
+            src, dst, method=method, bits=bits, group_size=group_size, kind=str(kind),
+            calibration=calibration, samples=samples, seq_len=seq_len,
+            serve_bits=_integers("--serve-bits", serve_bits), lm_head_bits=lm_head_bits,
+            device=device, seed=seed, options=options,
+            on_progress=lambda p: update(p.done, p.total, p.what),
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    _write_card(dst, src)
+    if as_json:
+        _print_json({**report, "output": str(dst), "seconds": seconds})
+        return
+    _say(f"{dst}: {report['bits_per_weight']:.3f} bits per weight, {seconds:.0f} s")
+    if not report["family_known"]:
+        _say(
+            f"note: the family {report['family']!r} has no entry in lutra's table; its linears "
+            "were found by structure and quantized layer by layer"
+        )
+    cost = report["calibration_cost"]
+    if cost:
+        _say(
+            f"on {cost['tokens']} calibration tokens: perplexity "
+            f"{cost['perplexity_original']:.3f} -> {cost['perplexity_quantized']:.3f}, "
+            f"KL {cost['kl_mean']:.4f} nats. Measure on other text with: lutra eval {dst} "
+            f"--against {src} --text FILE"
+        )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint, dense or quantized.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
+    against: Annotated[str | None, typer.Option(help="The original checkpoint.")] = None,
+    tasks: Annotated[str, typer.Option(help="Task names, such as lambada,arc_easy.")] = "",
+    tasks_dir: Annotated[Path | None, typer.Option(help="Folder of the task files.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
+    join: Annotated[str, typer.Option(help="as-is, or blank-lines between lines.")] = "as-is",
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, and KL divergence and top-1 agreement against the original."""
+    from lutra.evaluate import evaluate as run
+
+    with _progress("evaluating") as update:
+        result = run(
+            model, text=text, against=against, seq_len=seq_len, max_windows=max_windows,
+            tasks=[t for t in tasks.split(",") if t], tasks_dir=tasks_dir, limit=limit,
+            device=device, dtype=dtype, batch_size=batch_size, join=join,
+            progress=lambda done, total: update(done, total, "windows"),
+        )  # fmt: skip
+    if as_json:
+        _print_json(result)
+        return
+    rows = [
+        (name.replace("_", " "), _number(result[name]))
+        for name in (
+            "perplexity", "perplexity_reference", "kl_mean", "kl_p99", "top1_agreement",
+            "bits_per_weight", "tokens", "tokens_per_second",
+        )
+        if result.get(name) is not None
+    ]  # fmt: skip
+    for name, scores in (result.get("tasks") or {}).items():
+        rows.extend((f"{name} {key}", _number(value)) for key, value in scores.items())
+    _table(("measure", model), rows)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Checkpoint, dense or quantized.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt; the text appears as it is made."""
+    from lutra.generate import generate as run
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    result = run(
+        model, prompt, max_new_tokens, device=device, dtype=dtype, temperature=temperature,
+        top_p=top_p, seed=seed, stream=None if as_json else show,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+        return
+    sys.stdout.write("\n")
+    rate = result["tokens_per_second"]
+    _say(f"{result['new_tokens']} tokens" + (f", {rate:.1f} tokens per second" if rate else ""))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="Quantized checkpoint.")],
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Also say which kernel runs each layer, and why.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Dtype of activations, for --kernels.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Show how each layer is stored and multiplied, and the measured bits per weight."""
+    from lutra.inspection import inspect_checkpoint
+
+    result = inspect_checkpoint(folder, device=device, dtype=dtype)
+    if as_json:
+        _print_json(result)
+        return
+    head = ("layer", "format", "bits per weight") + (("kernel", "reason") if kernels else ())
+    keys = ("name", "format", "bits_per_weight") + (("kernel", "reason") if kernels else ())
+    _table(head, [tuple(_number(layer[k]) for k in keys) for layer in result["layers"]])
+    _say(f"{result['bits_per_weight']:.3f} bits per weight over {len(result['layers'])} layers")
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, what they need and what they write."""
+    from lutra.inspection import list_methods
+
+    rows = list_methods()
+    if as_json:
+        _print_json(rows)
+        return
+    _table(
+        ("method", "paper", "scope", "needs", "formats"),
+        [
+            (r["name"], r["paper"], r["scope"], ", ".join(r["needs"]), ", ".join(r["formats"]))
+            for r in rows
+        ],
+    )
+    for row in rows:
+        options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
+        _say(f"{row['name']}: --set {options}")
+
+
+@app.command()
+def plan(
+    src: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    method: Annotated[str, typer.Option(help="See `lutra methods`.")] = "lut-gemm",
+    bits: Annotated[int, typer.Option(help="Width of the weights; the most with --budget.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs per group; -1: per row.")] = 128,
+    budget: Annotated[str | None, typer.Option(help="Memory to run in, such as 24GB.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say from the headers alone what a quantization gives and needs."""
+    from lutra.plan import plan as run
+    from lutra.scheme import options_from_strings
+
+    options = options_from_strings(_pairs(settings or []))
+    kind = str(options.pop("format", ""))
+    result = run(
+        src, method, bits, group_size, kind=kind, samples=samples, seq_len=seq_len,
+        options=options, budget=budget,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+        return
+    rows = [
+        (key.replace("_", " "), _in_words(value))
+        for key, value in result.items()
+        if key not in ("layers", "problems", "warnings")
+    ]
+    _table(("plan", src), rows)
+    for kind_of, lines in (("problem", result["problems"]), ("warning", result["warnings"])):
+        for line in lines:
+            _say(f"{kind_of}: {line}")
+
+
+bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("kernel")
+def bench_kernel(
+    device: Device = "cpu",
+    shape: Annotated[str, typer.Option(help="OUTxIN, by comma.")] = "4096x4096",
+    batch: Annotated[str, typer.Option(help="Tokens, by comma.")] = "1",
+    bits: Annotated[str, typer.Option(help="Planes, by comma.")] = "2,3,4",
+    group_size: Annotated[str, typer.Option(help="Inputs per group, by comma.")] = "128",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    peers: Annotated[str, typer.Option(help="all, none, or names by comma.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """Time the kernels beside dense and every installed peer, in one run."""
+    from lutra.bench.kernel import run
+
+    result = run(
+        device=device, shapes=_shapes(shape), batches=_integers("--batch", batch),
+        bits=_integers("--bits", bits), group_sizes=_integers("--group-size", group_size),
+        threads=threads, peers=peers,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+        return
+    keys = (
+        "implementation", "shape", "batch", "bits", "group", "us", "gbps", "speedup_vs_dense",
+        "relative_error",
+    )  # fmt: skip
+    _table(keys, [tuple(_number(row.get(k)) for k in keys) for row in result["rows"]])
+    _say(f"streaming read limit of this run: {result['read_limit_gbps']:.1f} GB/s")
+
+
+@bench.command("model")
+def bench_model(
+    model: Annotated[str, typer.Argument(help="Checkpoint, or a shape such as llama-3-8b.")],
+    bits: Annotated[int, typer.Option(help="Of a named shape; 16 is dense.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Of a named shape.")] = 128,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    layers: Annotated[int | None, typer.Option(help="Keep only so many blocks.")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs after one that warms up.")] = 3,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Time a whole model: prompt, tokens, memory."""
+    from lutra.bench.model import bench_model as run
+
+    result = run(
+        model, bits=bits, group_size=group_size, prompt_len=prompt_len, new_tokens=new_tokens,
+        layers=layers, repeats=repeats, device=device, dtype=dtype,
+    )  # fmt: skip
+    if as_json:
+        _print_json(result)
+        return
+    keys = ("ms_per_token", "ttft_ms", "tokens_per_second", "memory_gb", "gbps", "read_limit_gbps")
+    _table(("measure", model), [(k.replace("_", " "), _number(result[k])) for k in keys])
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Quantized checkpoint.")],
+    text: Annotated[Path | None, typer.Option(help="Evaluate on this text first.")] = None,
+    against: Annotated[Path | None, typer.Option(help="The original checkpoint.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write report.json, report.html and the model card of a quantized checkpoint."""
+    from lutra.evaluate import evaluate as run
+    from lutra.evaluate.report import report as write
+
+    evaluation = None
+    if text is not None:
+        with _progress("evaluating") as update:
+            evaluation = run(
+                folder, text=text, against=against, seq_len=seq_len, max_windows=max_windows,
+                progress=lambda done, total: update(done, total, "windows"),
+            )  # fmt: skip
+    content = write(folder, evaluation=evaluation, source=against)
+    if as_json:
+        _print_json(content)
+        return
+    _say(f"wrote {folder / 'report.html'}, report.json and README.md")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Argument(help="Folder for the results.")] = Path("demo-output"),
+    as_json: Json = False,
+) -> None:
+    """Quantize the small model that comes with the package in several ways and compare them."""
+    from lutra.demo import run
+
+    result = run(output)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Show the versions of lutra and of what it stands on."""
+    from lutra.evaluate.measure import versions
+
+    if as_json:
+        _print_json(versions())
+        return
+    _table(("package", "version"), list(versions().items()))
+
+
+# ---- what options say
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    pairs = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise SchemeError(f"--set takes KEY=VALUE, not {setting!r}")
+        pairs[key.replace("-", "_")] = value
+    return pairs
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise SchemeError(f"{option} takes whole numbers by comma, not {text!r}") from None
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    shapes = []
+    for part in text.split(","):
+        out_features, separator, in_features = part.strip().partition("x")
+        if not (separator and out_features.isdigit() and in_features.isdigit()):
+            raise SchemeError(f"--shape takes OUTxIN such as 4096x14336, not {part!r}")
+        shapes.append((int(out_features), int(in_features)))
+    return shapes
+
+
+# ---- what is shown
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _say(message: str) -> None:
+    _console().print(message, soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2, default=str, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on standard output: it is the result of the command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in head:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_escape(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "-" if value is None else str(value)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k.replace('_', ' ')} {_in_words(v)}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool) and value > 10**6:
+        return f"{value / 1e9:.3f} GB"
+    return _number(value)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with the time left, on standard error; plain silence where that is not a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = _console()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(title, total=None, what="")
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, what=what)
+
+
+def _write_card(dst: Path, src: str) -> None:
+    """The model card; its numbers come later, from `lutra report`."""
+    from lutra.evaluate.report import report as write
+
+    write(dst, source=src if Path(src).is_dir() else None)

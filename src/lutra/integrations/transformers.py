@@ -1,0 +1,152 @@
+"""transformers: load, run and save our checkpoints through its own quantizer interface.
+
+After ``import lutra``, ``AutoModelForCausalLM.from_pretrained(folder)`` replaces the quantized
+linears by :class:`lutra.nn.QuantizedLinear` and loads the packed tensors into them. Nothing is
+patched. Without lutra, transformers ignores the unknown method with a warning and then fails on the
+three-dimensional weights, which is why they have three dimensions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lutra.architectures import is_linear
+from lutra.errors import CheckpointError
+from lutra.formats.checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    read_quantization_config,
+    stored_tensor_shapes,
+)
+from lutra.formats.shard import read_header
+from lutra.nn import QuantizedLinear
+from lutra.scheme import Format, Scheme
+
+
+class LutraConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of our checkpoints; unknown keys are kept as they are.
+
+    Raises:
+        CheckpointError: the checkpoint was written by a newer format version, or is damaged.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        values.setdefault("format_version", FORMAT_VERSION)
+        values.setdefault("scheme", [])
+        values["quant_method"] = QUANT_METHOD
+        self.layers: Scheme = read_quantization_config(values)
+        self.values = values
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def __repr__(self) -> str:
+        return f"LutraConfig({self.values})"
+
+
+class LutraQuantizer(HfQuantizer):
+    """Puts packed layers into a model that transformers builds. See the module's docstring."""
+
+    requires_calibration = True  # a dense checkpoint is quantized by `lutra quantize`, not on load
+    quantization_config: LutraConfig
+    serialized_names = {"weight": ["weight", "weight_scale", "weight_offset"]}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        stored = _stored_names(checkpoint_files)
+        for name, module in list(model.named_modules()):
+            format = self._format_of(model, name)
+            if format is None or not is_linear(module):
+                continue
+            layer = packed_placeholder(module, format)
+            if stored:
+                _check_present(name, layer, stored)
+            model.set_submodule(name, layer)
+
+    def _format_of(self, model: Any, name: str) -> Format | None:
+        scheme = self.quantization_config.layers
+        prefix = getattr(model, "base_model_prefix", "")
+        # The bare base model (AutoModel) has no prefix on its names.
+        return scheme.format_of(name) or scheme.format_of(f"{prefix}.{name}")
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.prepare_if_local(model.dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear):
+                model.set_submodule(name, dense_linear(module, dtype or model.dtype))
+        return model
+
+
+def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear:
+    """An empty packed layer of the shape of a dense one (nn.Linear or GPT-2's Conv1D), on meta."""
+    weight = module.weight
+    out_features, in_features = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]  # type: ignore[union-attr,misc]
+    with torch.device("meta"):
+        return QuantizedLinear(
+            int(in_features),
+            int(out_features),
+            format,
+            bias=module.bias is not None,
+            dtype=weight.dtype,  # type: ignore[arg-type]
+        )
+
+
+def dense_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    """The dense layer that a packed one stands for."""
+    weight = layer.bitplanes().unpack(torch.float32).to(dtype)
+    with torch.device("meta"):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    return linear
+
+
+def _stored_names(checkpoint_files: Any) -> set[str]:
+    """Names of all tensors in the files that are about to be loaded."""
+    names: set[str] = set()
+    for file in checkpoint_files or ():
+        if Path(file).suffix == ".safetensors":
+            names.update(read_header(Path(file)).tensors)
+    return names
+
+
+def _check_present(name: str, layer: QuantizedLinear, stored: set[str]) -> None:
+    """transformers only warns about a missing tensor and makes one up; for us that is an error."""
+    suffixes = stored_tensor_shapes(layer.format, layer.out_features, layer.in_features)
+    for suffix in suffixes:
+        wanted = f"{name}.{suffix}"
+        if wanted in stored or any(wanted.endswith(f".{s}") for s in stored):
+            continue
+        if any(s.endswith(f".{wanted}") for s in stored):
+            continue
+        raise CheckpointError(
+            f"the checkpoint has no tensor {wanted!r}, which format {layer.format} needs. "
+            "Is a shard missing, or was it quantized with another scheme?"
+        )
+
+
+def register() -> None:
+    """Enter our classes in the tables of transformers; calling it again changes nothing."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, LutraConfig)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, LutraQuantizer)
