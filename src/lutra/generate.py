@@ -83,7 +83,7 @@ def generate(
             f"the tokenizer of {checkpoint.path} gives ids beyond the model's {vocab_size:,} "
             "tokens. The tokenizer files in the folder belong to another model."
         )
-    clock = _Streamer(tokenizer, stream)
+    clock = _Streamer(tokenizer, inputs["input_ids"][0].tolist(), stream)
     drawing: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -109,7 +109,7 @@ def generate(
     if stopped == "length" and room < max_new_tokens:
         stopped = "positions"
     return {
-        "text": tokenizer.decode(new_ids, skip_special_tokens=True),
+        "text": clock.text(),
         "tokens_per_second": (count - 1) / seconds if count > 1 and seconds > 0 else None,
         "ttft_ms": 1000 * (times[0] - begin),
         "prompt_tokens": prompt_tokens,
@@ -124,10 +124,14 @@ class _Streamer:
     ``model.generate`` calls ``put`` with the prompt first, then with each new token.
     """
 
-    def __init__(self, tokenizer: Any, stream: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_ids: list[int], stream: Callable[[str], None] | None
+    ) -> None:
         self.times: list[float] = []
         self._tokenizer = tokenizer
         self._stream = stream
+        self._prompt_ids = prompt_ids
+        self._prompt = self._decode([])
         self._ids: list[int] = []
         self._sent = ""
         self._prompt_seen = False
@@ -138,18 +142,23 @@ class _Streamer:
             return
         self.times.append(time.perf_counter())
         self._ids += value.flatten().tolist()
-        text = self._text()
-        # A character may need several tokens: until all are there it decodes to U+FFFD.
-        if not text.endswith("\ufffd"):
-            self._send(text)
+        if self._stream is not None:
+            text = self.text()
+            # A character may need several tokens: until all are there it decodes to U+FFFD.
+            if not text.endswith("\ufffd"):
+                self._send(text)
 
     def end(self) -> None:
-        self._send(self._text())
+        if self._stream is not None:
+            self._send(self.text())
 
-    def _text(self) -> str:
-        if self._stream is None:
-            return ""
-        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+    def text(self) -> str:
+        """What follows the prompt."""
+        return self._decode(self._ids)[len(self._prompt) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        # Behind the prompt, because decoders strip the space that begins a text.
+        return str(self._tokenizer.decode(self._prompt_ids + ids, skip_special_tokens=True))
 
     def _send(self, text: str) -> None:
         if self._stream is not None and len(text) > len(self._sent):

@@ -108,7 +108,7 @@ def model_card(content: Mapping[str, Any]) -> str:
         *_evaluation_section(content),
         "## How it was made",
         "",
-        *_table(["", ""], [[k, v] for k, v in _recipe(quantization)]),
+        *_table(["", ""], [[k, v] for k, v in recipe(quantization)]),
         "",
         "## Licence",
         "",
@@ -156,8 +156,8 @@ def _evaluation_section(content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _recipe(quantization: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What quantization_config says, in the order of interest."""
+def recipe(quantization: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What ``quantization_config`` says, in words and in the order of interest."""
     order = ["method", "scheme", "options", "seed", "calibration", "versions"]
     keys = [k for k in order if k in quantization]
     keys += [k for k in quantization if k not in order and k != "quant_method"]

@@ -232,7 +232,7 @@ def report(
         CheckpointError: the folder holds no checkpoint of ours, or an older report is damaged.
         ResourceError: a package is missing, or a file can not be written.
     """  # fmt: skip
-    from lutra.evaluate.card import model_card, source_facts
+    from lutra.evaluate.card import model_card, recipe, source_facts
 
     folder = Path(dst)
     checkpoint = SourceCheckpoint.open(folder, quantized=True)
@@ -259,10 +259,9 @@ def report(
     content = _finite(content)
     rows = report_rows(content)
     _write(folder / REPORT_JSON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    quantization = dict(content["quantization"])
-    page_facts = {k.replace("_", " "): v for k, v in quantization.items() if v is not None}
     write_report(
-        rows, folder / REPORT_HTML, title=content["model"], facts=page_facts,
+        rows, folder / REPORT_HTML, title=content["model"],
+        facts=dict(recipe(content["quantization"])),
         layers=[
             (
                 name, layer["format"] or "–", f"{layer['out_features']} × {layer['in_features']}",
