@@ -133,7 +133,8 @@ def test_report_errors(tmp_path: Path) -> None:
 def test_card_without_evaluation_or_source(tmp_path: Path) -> None:
     src = make_model(tmp_path / "otter")
     pack_layers(src, tmp_path / "packed")
-    report(tmp_path / "packed")
+    report(tmp_path / "packed", page=False)
+    assert not (tmp_path / "packed" / "report.html").exists()
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "license:" not in card and "look them up" in card and "What it costs" not in card
 

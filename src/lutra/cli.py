@@ -487,4 +487,4 @@ def _write_card(dst: Path, src: str) -> None:
     """The model card; its numbers come later, from `lutra report`."""
     from lutra.evaluate.report import report as write
 
-    write(dst, source=src if Path(src).is_dir() else None)
+    write(dst, source=src if Path(src).is_dir() else None, page=False)

@@ -213,6 +213,7 @@ def report(
     evaluation: Mapping[str, Any] | None = None,
     bench: Mapping[str, Any] | None = None,
     source: str | Path | None = None,
+    page: bool = True,
 ) -> dict[str, Any]:
     """Write ``report.json``, ``report.html`` and the model card into a checkpoint's folder.
 
@@ -223,6 +224,7 @@ def report(
         evaluation: what :func:`lutra.evaluate.evaluate` returned for it.
         bench: what ``bench_model`` returned for it.
         source: the original's folder; its size is compared, and its model card says the licence.
+        page: whether to write ``report.html``, which needs matplotlib; the other two do not.
 
     Returns:
         The content of ``report.json``: ``model``, ``quantization``, ``size``, ``evaluation``,
@@ -257,20 +259,14 @@ def report(
         "layers": layers,
     }
     content = _finite(content)
-    rows = report_rows(content)
     _write(folder / REPORT_JSON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_report(
-        rows, folder / REPORT_HTML, title=content["model"],
-        facts=dict(recipe(content["quantization"])),
-        layers=[
-            (
-                name, layer["format"] or "–", f"{layer['out_features']} × {layer['in_features']}",
-                f"{layer['bits_per_weight']:.3f}", cell("error", layer["error"]),
-            )
-            for name, layer in layers.items()
-        ],
-    )  # fmt: skip
     _write(folder / CARD, model_card(content))
+    if page:
+        write_report(
+            report_rows(content), folder / REPORT_HTML, title=content["model"],
+            facts=dict(recipe(content["quantization"])),
+            layers=[_layer_cells(name, layer) for name, layer in layers.items()],
+        )  # fmt: skip
     return content
 
 
@@ -384,6 +380,12 @@ def _layers(size: ModelSize, facts: Mapping[str, Any]) -> dict[str, dict[str, An
             "error": error,
         }
     return layers
+
+
+def _layer_cells(name: str, layer: Mapping[str, Any]) -> tuple[str, ...]:
+    shape = f"{layer['out_features']} × {layer['in_features']}"
+    bits, error = cell("bits_per_weight", layer["bits_per_weight"]), cell("error", layer["error"])
+    return name, layer["format"] or "–", shape, bits, error
 
 
 def _earlier(folder: Path) -> dict[str, Any]:
