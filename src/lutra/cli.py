@@ -241,7 +241,7 @@ def methods(as_json: Json = False) -> None:
 def plan(
     src: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
     method: Annotated[str, typer.Option(help="See `lutra methods`.")] = "lut-gemm",
-    bits: Annotated[int, typer.Option(help="Width of the weights; the most with --budget.")] = 4,
+    bits: Annotated[int, typer.Option(help="Width of the weights; --budget chooses it.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs per group; -1: per row.")] = 128,
     budget: Annotated[str | None, typer.Option(help="Memory to run in, such as 24GB.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,

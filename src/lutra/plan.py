@@ -86,7 +86,7 @@ def plan(
     Args:
         src: folder, hub id, or an open checkpoint.
         method: name of the method.
-        bits: width of the weights; with ``budget``, the most that is tried.
+        bits: width of the weights; ``budget`` chooses it instead.
         group_size: inputs per group, -1 for one group per row.
         kind: kind of format; empty for the method's default.
         serve_bits: lower precisions that the file shall serve too.
