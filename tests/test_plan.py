@@ -176,13 +176,13 @@ def test_too_little_memory_or_disk_is_refused(llama, monkeypatch, tmp_path):
     refuse(plan(llama, "gptq", 4))
     monkeypatch.setattr(planning, "available_memory", lambda: (10**6, "a test"))
     result = plan(llama, "gptq", 4)
-    with pytest.raises(ResourceError, match=r"memory and 0.00 GB are there \(a test\).*--samples"):
+    with pytest.raises(ResourceError, match=r"memory and 1.0 MB are there \(a test\).*--samples"):
         refuse(result)
     monkeypatch.setattr(planning, "available_memory", lambda: (None, "unknown"))
     refuse(plan(llama, "gptq", 4))
     usage = planning.shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(ResourceError, match=r"disk of .* has 0.00 GB free"):
+    with pytest.raises(ResourceError, match=r"disk of .* has 0.0 MB free"):
         refuse(plan(llama, "gptq", 4, dst=tmp_path / "deep" / "er" / "out"))
 
 

@@ -244,6 +244,8 @@ def plan(
     bits: Annotated[int, typer.Option(help="Width of the weights; --budget chooses it.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs per group; -1: per row.")] = 128,
     budget: Annotated[str | None, typer.Option(help="Memory to run in, such as 24GB.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of the KV cache to leave room for.")] = 2048,
+    lm_head_bits: Annotated[int, typer.Option(help="Width of the head; 0: as it is.")] = 0,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     settings: Annotated[
@@ -259,7 +261,7 @@ def plan(
     kind = str(options.pop("format", ""))
     result = run(
         src, method, bits, group_size, kind=kind, samples=samples, seq_len=seq_len,
-        options=options, budget=budget,
+        options=options, budget=budget, context=context, lm_head_bits=lm_head_bits,
     )  # fmt: skip
     if as_json:
         _print_json(result)

@@ -142,16 +142,16 @@ def plan(
         if not fitting:
             smallest = sizes[-1]
             raise ResourceError(
-                f"nothing fits into {_gigabytes(limit)}: at 1 bit the weights take "
-                f"{_gigabytes(smallest.output_bytes)} ({_gigabytes(smallest.kept_bytes)} of them "
+                f"nothing fits into {_in_words(limit)}: at 1 bit the weights take "
+                f"{_in_words(smallest.output_bytes)} ({_in_words(smallest.kept_bytes)} of them "
                 f"embeddings and other unquantized parts) and the KV cache of {context} tokens "
-                f"{_gigabytes(kv_bytes)}. Quantize the head too (--lm-head-bits), shorten the "
-                "context, or take a larger budget."
+                f"{_in_words(kv_bytes)}. Shorten the context (--context), quantize a head that is "
+                "not tied (--lm-head-bits), or take a larger budget."
             )
         result = fitting[0]
         reason = (
-            f"the most bits whose weights ({_gigabytes(result.output_bytes)}) and KV cache of "
-            f"{context} tokens ({_gigabytes(kv_bytes)}) fit into {_gigabytes(limit)}"
+            f"the most bits whose weights ({_in_words(result.output_bytes)}) and KV cache of "
+            f"{context} tokens ({_in_words(kv_bytes)}) fit into {_in_words(limit)}"
         )
     needs = chosen.needs(parsed)
     memory = _memory(
@@ -166,11 +166,11 @@ def plan(
     warnings: list[str] = []
     if disk > free:
         problems.append(
-            f"the run writes {_gigabytes(disk)} and the disk of {place} has {_gigabytes(free)} free"
+            f"the run writes {_in_words(disk)} and the disk of {place} has {_in_words(free)} free"
         )
     if available is not None and peak > available:
         text = (
-            f"the run needs about {_gigabytes(peak)} of memory and {_gigabytes(available)} are "
+            f"the run needs about {_in_words(peak)} of memory and {_in_words(available)} are "
             f"there ({available_reason}); fewer --samples or a shorter --seq-len need less"
         )
         (problems if peak > available * _MEMORY_SLACK else warnings).append(text)
@@ -439,5 +439,5 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def _in_words(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"

@@ -343,8 +343,8 @@ class OutputFolder:
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             raise ResourceError(
-                f"{self.dst} needs {_gigabytes(needed)} more, and its disk has "
-                f"{_gigabytes(free)} free. Free some space or choose a destination on another disk."
+                f"{self.dst} needs {_in_words(needed)} more, and its disk has "
+                f"{_in_words(free)} free. Free some space or choose a destination on another disk."
             )
 
     @contextmanager
@@ -374,5 +374,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def _in_words(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 10**9 else f"{count / 1e6:,.1f} MB"
