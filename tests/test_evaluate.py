@@ -155,7 +155,7 @@ def test_default_batch_is_bounded() -> None:
 
 def test_joining(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
-    path.write_bytes("\ufeffa\nb\n".encode())
+    path.write_bytes("\ufeffa\r\nb\r".encode())
     assert read_text(path)[0] == "a\nb\n"
     assert read_text(path, "blank-lines")[0] == "a\n\nb\n\n"
     with pytest.raises(SchemeError, match="blank-lines"):

@@ -6,7 +6,8 @@ The whole text is tokenized at once, without special tokens, and cut into window
 window is scored on its own, so its first token has no context and is not predicted. What is left
 over at the end, less than one window, is dropped. This is the protocol of GPTQ (arXiv 2210.17323)
 and of the work that compares with it. That work joins the rows of WikiText-2 by blank lines
-(``join="blank-lines"``); by default the text is taken as it stands in the file.
+(``join="blank-lines"``); by default the text is taken as it stands in the file, but for line ends,
+which become ``\\n``.
 
 Figures compare only where text, joining, tokenizer and window length are the same.
 
@@ -93,6 +94,9 @@ def read_text(path: Path, join: str = "as-is") -> tuple[str, str]:
         ) from error
     if not text.strip():
         raise CalibrationError(f"the text {path} is empty. Give a file with text to measure on.")
+    # As Python reads any text file: WikiText-2 goes round with Windows line ends, and a tokenizer
+    # would make a token of each carriage return.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if join == "blank-lines":
         text = "\n\n".join(text.split("\n"))
     return text, hashlib.sha256(content).hexdigest()
