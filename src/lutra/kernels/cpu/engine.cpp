@@ -30,24 +30,46 @@ void parallel(int items, int threads, F& f) {
 }
 
 // Between per-row numbers [plane][out][groups] and [group][plane][tile][16] of one block.
-void move_numbers(const Weight& w, int block, int planes, int size, unsigned char* canonical,
-                  unsigned char* prepared, bool to_prepared) {
-  const int tiles = tiles_of(w, block);
-  unsigned char* p = prepared + (size_t)block * w.tiles * kTileRows * w.groups * planes * size;
-  for (int g = 0; g < w.groups; g++)
-    for (int q = 0; q < planes; q++)
-      for (int r = 0; r < tiles * kTileRows; r++, p += size) {
-        const int row = block * w.tiles * kTileRows + r;
-        if (row >= w.out) {
-          if (to_prepared) memset(p, 0, size);
-          continue;
-        }
-        unsigned char* c = canonical + (((size_t)q * w.out + row) * w.groups + g) * size;
-        if (to_prepared)
-          memcpy(p, c, size);
-        else
-          memcpy(c, p, size);
+template <class T>
+void move_numbers(const Weight& w, int block, int planes, T* canonical, T* prepared,
+                  bool to_prepared) {
+  const int rows = tiles_of(w, block) * kTileRows, first = block * w.tiles * kTileRows;
+  const int valid = w.out - first < rows ? w.out - first : rows;
+  T* base = prepared + (size_t)first * w.groups * planes;
+  for (int q = 0; q < planes; q++)
+    for (int r = 0; r < rows; r++) {
+      T* c = canonical + ((size_t)q * w.out + first + r) * w.groups;
+      T* p = base + (size_t)q * rows + r;
+      const size_t step = (size_t)planes * rows;
+      if (r >= valid) {
+        for (int g = 0; to_prepared && g < w.groups; g++) p[g * step] = 0;
+      } else if (to_prepared) {
+        for (int g = 0; g < w.groups; g++) p[g * step] = c[g];
+      } else {
+        for (int g = 0; g < w.groups; g++) c[g] = p[g * step];
       }
+    }
+}
+
+void move_numbers(const Weight& w, int block, int planes, Dtype dtype, void* canonical,
+                  void* prepared, bool to_prepared) {
+  if (dtype == F32)
+    move_numbers(w, block, planes, (uint32_t*)canonical, (uint32_t*)prepared, to_prepared);
+  else
+    move_numbers(w, block, planes, (uint16_t*)canonical, (uint16_t*)prepared, to_prepared);
+}
+
+// The 16 x 4 bytes of a cell to [4 bytes][16 rows], or back.
+void transpose_bytes(uint32_t* cell, bool back) {
+  unsigned char bytes[64], turned[64];
+  memcpy(bytes, cell, 64);
+  for (int b = 0; b < 4; b++)
+    for (int r = 0; r < kTileRows; r++)
+      if (back)
+        turned[r * 4 + b] = bytes[b * kTileRows + r];
+      else
+        turned[b * kTileRows + r] = bytes[r * 4 + b];
+  memcpy(cell, turned, 64);
 }
 
 // Between words [plane][out][words] and the cells of one block.
@@ -62,20 +84,15 @@ void move_planes(const Weight& w, const Isa& isa, int block, uint32_t* canonical
           const int row = (block * w.tiles + t) * kTileRows;
           const int rows = w.out - row < kTileRows ? w.out - row : kTileRows;
           uint32_t* c = canonical + ((size_t)q * w.out + row) * w.words + g * w.group_words + i;
-          unsigned char* bytes = (unsigned char*)cell;
-          if (to_prepared && rows < kTileRows) memset(cell, 0, 64);
-          for (int r = 0; r < rows; r++, c += w.words) {
-            if (!isa.byte_cells) {
-              if (to_prepared)
-                cell[r] = *c;
-              else
-                *c = cell[r];
-            } else if (to_prepared) {
-              for (int b = 0; b < 4; b++) bytes[b * kTileRows + r] = (unsigned char)(*c >> (8 * b));
-            } else {
-              *c = 0;
-              for (int b = 0; b < 4; b++) *c |= (uint32_t)bytes[b * kTileRows + r] << (8 * b);
-            }
+          uint32_t turned[kTileRows] = {};
+          if (to_prepared) {
+            for (int r = 0; r < rows; r++) turned[r] = c[(size_t)r * w.words];
+            if (isa.byte_cells) transpose_bytes(turned, false);
+            memcpy(cell, turned, 64);
+          } else {
+            memcpy(turned, cell, 64);
+            if (isa.byte_cells) transpose_bytes(turned, true);
+            for (int r = 0; r < rows; r++) c[(size_t)r * w.words] = turned[r];
           }
         }
 }
@@ -84,10 +101,9 @@ void move_all(const Weight& w, const Isa& isa, uint32_t* planes, void* scale, vo
               int threads, bool to_prepared) {
   auto work = [&](int block, int) {
     move_planes(w, isa, block, planes, (uint32_t*)w.planes, to_prepared);
-    move_numbers(w, block, w.uniform ? 1 : w.bits, size_of(w.scale_dtype), (unsigned char*)scale,
-                 (unsigned char*)w.scale, to_prepared);
-    move_numbers(w, block, 1, size_of(w.offset_dtype), (unsigned char*)offset,
-                 (unsigned char*)w.offset, to_prepared);
+    move_numbers(w, block, w.uniform ? 1 : w.bits, w.scale_dtype, scale, (void*)w.scale,
+                 to_prepared);
+    move_numbers(w, block, 1, w.offset_dtype, offset, (void*)w.offset, to_prepared);
   };
   parallel(blocks_of(w), threads, work);
 }
