@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 ROUNDING_ALLOWANCE = 1.2  # times the error of rounding the exact result to the output type
+DENSE_ALLOWANCE = 2.0  # where the weight, too, is rounded to the output type
 
 
 def random_weight(
@@ -50,7 +51,8 @@ def check(weight: BitPlanes, x: torch.Tensor, bias: torch.Tensor | None = None) 
     assert y.dtype == x.dtype and y.shape == exact.shape
     rounding = (exact.to(x.dtype).double() - exact).norm()
     error = (y.double() - exact).norm()
-    allowed = ROUNDING_ALLOWANCE * max(rounding.item(), 1e-7 * exact.norm().item())
+    allowance = ROUNDING_ALLOWANCE if x.shape[0] <= 16 else DENSE_ALLOWANCE
+    allowed = allowance * max(rounding.item(), 1e-7 * exact.norm().item())
     assert error.item() <= allowed, (
         f"{tuple(x.shape)} {spec}: {error.item() / rounding.item():.3f} times the rounding error"
     )
@@ -73,8 +75,8 @@ def test_every_width_group_and_odd_shape(bits: int, uniform: bool) -> None:
         dtype = (torch.float16, torch.bfloat16)[index % 2]
         scale = (torch.float16, torch.float32)[index // 2 % 2]
         weight = random_weight(out_features, in_features, bits, group_size, uniform, scale)
-        batch = (1, 2, 3, 4, 1, 5, 7)[index % 7]
-        x = torch.randn(batch, in_features, device="cuda").to(dtype) * 10 ** (index % 5 - 2)
+        batch = (1, 2, 3, 4, 1, 5, 11)[index % 7]
+        x = torch.randn(batch, in_features, device="cuda").to(dtype) * 10 ** (index % 4 - 2)
         check(weight, x)
 
 
@@ -91,7 +93,7 @@ def test_batches(batch: int, dtype: torch.dtype) -> None:
 
 def test_rows_longer_than_shared_memory() -> None:
     torch.manual_seed(0)
-    for batch in (1, 2, 4):
+    for batch in (1, 2, 4, 7, 16):
         weight = random_weight(80, 53248 + 96, 3, 128, False)
         check(weight, torch.randn(batch, 53248 + 96, device="cuda").half())
 

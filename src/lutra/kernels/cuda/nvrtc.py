@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,15 +26,20 @@ logger = logging.getLogger(__name__)
 
 _HEADER = b"lutra cubin 1\n"
 _DIGEST_BYTES = 32
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 COMMON_OPTIONS = ("-default-device", "--std=c++17", "-lineinfo")
 
 
 @cache
 def source(name: str) -> str:
-    """Text of a kernel of this folder, preceded by what all of them share."""
+    """Text of a kernel of this folder, with what it includes, preceded by what all of them share."""
     folder = Path(__file__).parent
-    common = (folder / "common.cuh").read_text(encoding="utf-8")
-    return common + (folder / f"{name}.cu").read_text(encoding="utf-8")
+
+    def read(file: str) -> str:
+        text = (folder / file).read_text(encoding="utf-8")
+        return _INCLUDE.sub(lambda match: read(match[1]), text)
+
+    return read("common.cuh") + read(f"{name}.cu")
 
 
 @cache

@@ -16,11 +16,12 @@ from lutra.errors import KernelError
 from lutra.kernels.cuda.launch import Card, Function, card, function
 from lutra.kernels.cuda.layout import TILE_ROWS, Layout
 
-MAX_BINARY_TOKENS = 4
+MAX_FEW_TOKENS = 16
 DENSE_WORKSPACE_BYTES = 64 << 20
+RING_BYTES = 96 << 10  # of weights in flight per processor; half of it still hides the latency
 
 
-class _BinaryArguments(ctypes.Structure):
+class _FewArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
@@ -31,6 +32,7 @@ class _BinaryArguments(ctypes.Structure):
         ("y_stride", ctypes.c_longlong),
         ("rows", ctypes.c_int),
         ("in_features", ctypes.c_int),
+        ("tokens", ctypes.c_int),
         ("tiles", ctypes.c_int),
         ("items", ctypes.c_int),
         ("groups", ctypes.c_int),
@@ -66,9 +68,19 @@ def format_defines(layout: Layout, uniform: bool, scale: torch.dtype, x: torch.d
 
 
 @dataclass(frozen=True)
-class BinaryPlan:
-    """Parameters of one launch of `binary_linear.cu`."""
+class FewPlan:
+    """Parameters of one launch of a kernel for few tokens (`few_tokens.cuh`).
 
+    Attributes:
+        kernel: ``binary_linear`` or ``byte_linear``.
+        tokens: tokens that the kernel is compiled for; it takes as many or fewer.
+        warps, stages: warps of a block, items in flight per warp.
+        k_warps: warps that share one tile's inputs; the others take further tiles.
+        panel_items: items of x that a block holds at a time.
+        grid, shared_bytes: of the launch.
+    """
+
+    kernel: str
     tokens: int
     warps: int
     stages: int
@@ -79,38 +91,69 @@ class BinaryPlan:
 
 
 @lru_cache(maxsize=None)
-def plan_binary(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> BinaryPlan:
-    """How a block's warps share rows and inputs, and how much of x it holds at a time."""
-    warps = 16 if device.shared_bytes >= 160 << 10 else 8
+def plan_few(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> FewPlan | None:
+    """Which kernel multiplies 1 to 16 tokens, and how its blocks share rows and inputs.
+
+    None if the card has too little shared memory for so many tokens.
+    """
     splits = max(1, 128 // layout.group)
+    if tokens <= 2:  # a token costs the binary kernel 12 instructions a plane, the other 2.5 + 30 once
+        kernel, compiled = "binary_linear", tokens
+        per_item = tokens * (512 + 2 * splits * 64)
+    else:
+        kernel, compiled = "byte_linear", next(n for n in (4, 8, 16) if n >= tokens)
+        per_item = compiled // 4 * (2048 + 2 * splits * 64)
     scales = (256 // layout.group) * 8 * layout.slots * 2 * scale_bytes
     stage = layout.bits * 512 + scales
-    stages = max(2, min(6, (96 << 10) // (16 * stage)))
-    per_item = tokens * (512 + 2 * splits * 64)
-    fixed = warps * stages * stage + 2 * warps * tokens * TILE_ROWS * 4
-    steps = -(-layout.tiles // device.processors)
-    partial = steps * tokens * TILE_ROWS * 4
-    if fixed + layout.items * per_item <= device.shared_bytes:
-        panel, partial = layout.items, 0
+    tile_bytes = compiled * TILE_ROWS * 4
+
+    def fixed(warps: int, stages: int) -> int:
+        return warps * stages * stage + 2 * warps * tile_bytes
+
+    def room(warps: int, stages: int, row_parts: int) -> int:
+        """Items of x that fit if rows are walked in panels."""
+        steps = -(-layout.tiles // (device.processors * row_parts))
+        left = device.shared_bytes - fixed(warps, stages) - steps * row_parts * tile_bytes
+        return max(left, 0) // per_item
+
+    warps = 16 if device.shared_bytes >= 160 << 10 else 8
+    most = max(2, min(6, RING_BYTES // (16 * stage)))
+    least = max(2, min(most, -(-RING_BYTES // 2 // (16 * stage))))
+    for stages in range(most, least - 1, -1):
+        shared = fixed(warps, stages) + layout.items * per_item
+        if shared <= device.shared_bytes:
+
+            def cost(k: int) -> float:
+                blocks = device.processors * (warps // k)
+                return -(-layout.tiles // blocks) * (-(-layout.items // k) + 0.3)
+
+            k_warps = min((k for k in (16, 8, 4, 2, 1) if k <= warps), key=cost)
+            panel = layout.items
+            break
     else:
-        panel = (device.shared_bytes - fixed - partial) // per_item // warps * warps
-        if panel <= 0:
-            raise KernelError(
-                f"{layout} needs more shared memory than the {device.shared_bytes} bytes of "
-                f"{device.name}"
-            )
-    k_warps = warps
-    if not partial:
-        choices = [k for k in (1, 2, 4, 8, 16) if k <= warps]
-
-        def cost(k: int) -> float:
-            blocks = device.processors * (warps // k)
-            return -(-layout.tiles // blocks) * (-(-layout.items // k) + 0.3)
-
-        k_warps = min(reversed(choices), key=cost)
+        # Panels: as many warps as possible, then as few panels.
+        options = [
+            (w, s, k)
+            for w in (16, 8, 4) if w <= warps
+            for s in (least, 2)
+            for k in (16, 8, 4) if k <= w and room(w, s, w // k) >= k
+        ]
+        if not options:
+            return None
+        warps, stages, k_warps = options[0]
+        panels = -(-layout.items // (room(warps, stages, warps // k_warps) // k_warps * k_warps))
+        panel = min(-(-(-(-layout.items // panels)) // k_warps) * k_warps, layout.items)
+        steps = -(-layout.tiles // (device.processors * (warps // k_warps)))
+        shared = fixed(warps, stages) + panel * per_item + steps * (warps // k_warps) * tile_bytes
     grid = min(device.processors, -(-layout.tiles // (warps // k_warps)))
-    shared = fixed + panel * per_item + partial
-    return BinaryPlan(tokens, warps, stages, k_warps, panel, grid, shared)
+    return FewPlan(kernel, compiled, warps, stages, k_warps, panel, grid, shared)
+
+
+@lru_cache(maxsize=None)
+def few_tokens_limit(layout: Layout, scale_bytes: int, device: Card) -> int:
+    """How many tokens one launch of the kernels for few tokens can take; 0 if none."""
+    fitting = (n for n in (16, 8, 4, 2, 1) if plan_few(layout, scale_bytes, n, device))
+    return next(fitting, 0)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -118,26 +161,27 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 @lru_cache(maxsize=None)
-def _binary_function(
+def _few_function(
     layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, tokens: int, device: Card
-) -> tuple[BinaryPlan, Function]:
-    plan = plan_binary(layout, scale.itemsize, tokens, device)
+) -> tuple[FewPlan, Function]:
+    plan = plan_few(layout, scale.itemsize, tokens, device)
+    assert plan is not None, "the caller asks few_tokens_limit first"
     defines = format_defines(layout, uniform, scale, x)
-    defines |= {"TOKENS": tokens, "WARPS": plan.warps, "STAGES": plan.stages}
-    return plan, function("binary_linear", defines, device, plan.shared_bytes)
+    defines |= {"TOKENS": plan.tokens, "WARPS": plan.warps, "STAGES": plan.stages}
+    return plan, function(plan.kernel, defines, device, plan.shared_bytes)
 
 
-def binary_linear(
+def few_linear(
     x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, layout: Layout,
     uniform: bool,
 ) -> None:
-    """``y = x @ W.T + bias`` for 1 to 4 rows of x; ``x`` and ``y`` have unit inner stride."""
+    """``y = x @ W.T + bias`` for 1 to 16 rows of x; ``x`` and ``y`` have unit inner stride."""
     device = card(x.device.index)
-    plan, kernel = _binary_function(layout, uniform, scales.dtype, x.dtype, x.shape[0], device)
-    arguments = _BinaryArguments(
+    plan, kernel = _few_function(layout, uniform, scales.dtype, x.dtype, x.shape[0], device)
+    arguments = _FewArguments(
         planes.data_ptr(), scales.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(),
-        x.stride(0), y.stride(0), layout.rows, layout.inputs, layout.tiles, layout.items,
-        layout.groups, layout.items_per_group, plan.panel_items, plan.k_warps,
+        x.stride(0), y.stride(0), layout.rows, layout.inputs, x.shape[0], layout.tiles,
+        layout.items, layout.groups, layout.items_per_group, plan.panel_items, plan.k_warps,
     )
     kernel(arguments, (plan.grid, 1, 1), plan.warps * 32)
 
@@ -203,12 +247,15 @@ def multiply(
         x = x.contiguous()
     tokens = x.shape[0]
     y = x.new_empty(tokens, layout.rows)
+    limit = few_tokens_limit(layout, scales.dtype.itemsize, card(x.device.index))
     with torch.cuda.device(x.device.index):
         fused = bias if bias is None or bias.dtype == x.dtype else None
-        if tokens <= 2 * MAX_BINARY_TOKENS:
-            for i in range(0, tokens, MAX_BINARY_TOKENS):
-                part = slice(i, i + MAX_BINARY_TOKENS)
-                binary_linear(x[part], planes, scales, fused, y[part], layout, uniform)
+        if tokens == 0 or layout.rows == 0:
+            pass
+        elif tokens <= MAX_FEW_TOKENS and limit:
+            for i in range(0, tokens, limit):
+                part = slice(i, i + limit)
+                few_linear(x[part], planes, scales, fused, y[part], layout, uniform)
         else:
             dense_linear(x, planes, scales, y, layout, uniform)
             fused = None
@@ -225,8 +272,9 @@ def load(
     index = device.index if device.index is not None else torch.cuda.current_device()
     if x not in (torch.float16, torch.bfloat16):
         raise KernelError(f"the CUDA kernels take float16 and bfloat16 activations, not {x}")
+    limit = few_tokens_limit(layout, scale.itemsize, card(index))
     for count in tokens:
-        if count <= MAX_BINARY_TOKENS:
-            _binary_function(layout, uniform, scale, x, count, card(index))
+        if count <= limit:
+            _few_function(layout, uniform, scale, x, count, card(index))
     _dequantize_function(layout, uniform, scale, x, card(index))
     dense_workspace(torch.device("cuda", index), x)
