@@ -90,7 +90,10 @@ def test_report_of_a_folder(tmp_path: Path) -> None:
     dst = tmp_path / "otter-3bit"
     packed = pack_layers(src, dst)
     errors = {
-        "layers": {n: {"in_features": w.in_features, "error": 0.1} for n, w in packed.items()}
+        "layers": {
+            n: {"in_features": w.in_features, "error": 0.1, "error_of": "output"}
+            for n, w in packed.items()
+        }
     }
     (dst / "lutra_report.json").write_text(json.dumps(errors))
     evaluation = {
@@ -113,6 +116,7 @@ def test_report_of_a_folder(tmp_path: Path) -> None:
     assert str(tmp_path) not in card + text + (dst / "report.html").read_text()
     page = Page((dst / "report.html").read_text())
     assert page.loads == [] and page.tags.count("svg") == 2  # size, error of each layer
+    assert "relative output error" in (dst / "report.html").read_text()
     # Once more with nothing new: what was known stays, and no byte changes.
     before = {p.name: p.read_bytes() for p in dst.iterdir()}
     report(dst)

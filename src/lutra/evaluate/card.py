@@ -164,7 +164,7 @@ def recipe(quantization: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (key.replace("_", " "), fact_in_words(quantization[key]))
         for key in keys
-        if quantization[key] is not None
+        if quantization[key] not in (None, {}, [], "")
     ]
 
 

@@ -94,11 +94,12 @@ def plot_sizes(rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure, "size of each model")
 
 
-def plot_layer_errors(layers: Mapping[str, float]) -> str:
-    """Relative output error of each quantized layer, by block, one line for each kind of layer.
+def plot_layer_errors(layers: Mapping[str, float], of: str = "") -> str:
+    """Relative error of each quantized layer, by block, one line for each kind of layer.
 
     Args:
         layers: error by the layer's full name.
+        of: what the error is relative to, ``output`` or ``weight`` (:func:`error_of`).
 
     Returns:
         SVG, or an empty string if fewer than two layers lie in numbered blocks.
@@ -109,11 +110,11 @@ def plot_layer_errors(layers: Mapping[str, float]) -> str:
         if block is not None and _is_number(error):
             kinds.setdefault(name.rpartition(".")[2], []).append((block, error))
     lines = [_Line(kind, points, index) for index, (kind, points) in enumerate(kinds.items())]
-    return _by_block(lines, "relative output error", "error of each layer")
+    return _by_block(lines, _error_label(of), "error of each layer")
 
 
 def plot_block_errors(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean relative output error of each block, one line for each row that has layer errors.
+    """Mean relative error of each block's layers, one line for each row that has layer errors.
 
     A method keeps its colour (that of :func:`plot_against_bits` where all rows have errors), and
     the rows of one method differ in the style of their lines.
@@ -132,7 +133,8 @@ def plot_block_errors(rows: Sequence[Mapping[str, Any]]) -> str:
             points = [(b, sum(e) / len(e)) for b, e in sorted(blocks.items())]
             label = str(row.get("name") or method)
             lines.append(_Line(label, points, list(methods).index(method), style))
-    return _by_block(lines, "relative output error, mean of block", "error of each block")
+    label = _error_label(error_of(rows)) + ", mean of block"
+    return _by_block(lines, label, "error of each block")
 
 
 def layer_errors(row: Mapping[str, Any]) -> dict[str, float]:
@@ -143,6 +145,17 @@ def layer_errors(row: Mapping[str, Any]) -> dict[str, float]:
         if _is_number(error):
             found[str(name)] = float(error)
     return found
+
+
+def error_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What all errors of some rows are of, ``output`` or ``weight``; empty if not the same."""
+    facts = [fact for row in rows for fact in (row.get("layers") or {}).values()]
+    named = {fact.get("error_of") for fact in facts if isinstance(fact, Mapping)}
+    return str(named.pop() or "") if len(named) == 1 else ""
+
+
+def _error_label(of: str) -> str:
+    return f"relative {of} error" if of else "relative error"
 
 
 def block_of(layer: str) -> int | None:

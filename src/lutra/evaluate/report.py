@@ -15,6 +15,7 @@ from typing import Any
 
 from lutra.errors import CheckpointError, ResourceError
 from lutra.evaluate.plots import (
+    error_of,
     layer_errors,
     plain,
     plot_against_bits,
@@ -183,14 +184,14 @@ def write_report(
     if len(compared) == 1:
         plots.append(
             (
-                "Relative error of each layer's output, by block of the model.",
-                plot_layer_errors(layer_errors(compared[0])),
+                "Error of each quantized layer, by block of the model.",
+                plot_layer_errors(layer_errors(compared[0]), error_of(compared)),
             )
         )
     else:
         plots.append(
             (
-                "Relative error of the layers' outputs, mean of each block.",
+                "Error of the quantized layers, mean of each block.",
                 plot_block_errors(compared),
             )
         )
@@ -371,13 +372,14 @@ def _layers(size: ModelSize, facts: Mapping[str, Any]) -> dict[str, dict[str, An
     layers = {}
     for layer in size.layers:
         fact = recorded.get(layer.name)
-        error = fact.get("error") if isinstance(fact, Mapping) else None
+        fact = fact if isinstance(fact, Mapping) else {}
         layers[layer.name] = {
             "format": layer.format,
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bits_per_weight": layer.bits_per_weight,
-            "error": error,
+            "error": fact.get("error"),
+            "error_of": fact.get("error_of"),
         }
     return layers
 
@@ -424,6 +426,8 @@ def fact_in_words(value: Any) -> str:
         return "; ".join(f"{a} → {'as it is' if b is None else b}" for a, b in value)
     if isinstance(value, list | tuple):
         return ", ".join(map(fact_in_words, value))
+    if isinstance(value, float):
+        return plain(value)
     return str(value)
 
 
