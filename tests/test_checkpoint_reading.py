@@ -484,6 +484,13 @@ def test_not_finite(dtype):
         check_finite("w", bad)
 
 
+def test_all_weights_are_checked(tmp_path):
+    SourceCheckpoint.open(_sharded(tmp_path / "fine")).check_weights()
+    bad = {**_tensors(), "z": torch.tensor([float("inf")])}
+    with pytest.raises(CheckpointError, match="'z' has 1 values"):
+        SourceCheckpoint.open(_folder(tmp_path / "bad", bad)).check_weights()
+
+
 # ---- pickled weights
 
 

@@ -120,6 +120,21 @@ class StreamedModel:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One parameter by its name in the module tree, checked."""
+        stored = self._stored(name, shape)
+        tensor = self.checkpoint.tensor(stored)
+        check_finite(stored, tensor)
+        return tensor
+
+    def check_shapes(self) -> None:
+        """Compare every parameter of the module tree with the headers of the checkpoint.
+
+        Raises:
+            CheckpointError: one is missing or has another shape than the config says.
+        """
+        for name, parameter in self.model.named_parameters():
+            self._stored(name, tuple(parameter.shape))
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> str:
         stored = self.checkpoint.resolve(name)
         if stored is None:
             raise CheckpointError(
@@ -131,9 +146,7 @@ class StreamedModel:
                 f"tensor {stored!r} of {self.checkpoint.path} has shape "
                 f"{list(self.checkpoint.shape(stored))}; config.json says {list(shape)}"
             )
-        tensor = self.checkpoint.tensor(stored)
-        check_finite(stored, tensor)
-        return tensor
+        return stored
 
     def unload(self, path: str) -> None:
         """Give the parameters under ``path`` back."""

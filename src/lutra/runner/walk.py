@@ -155,6 +155,7 @@ class _Walk:
         stored = checkpoint.dtype(max(checkpoint.names(), key=checkpoint.nbytes))
         self.dtype, self.dtype_reason = compute_dtype(stored, device)
         self.streamed = StreamedModel(checkpoint, self.dtype, device)
+        self.streamed.check_shapes()
         self.architecture = self.streamed.architecture
         if method.scope != "layer" and not self.architecture.known:
             raise SchemeError(
@@ -189,6 +190,8 @@ class _Walk:
         blocks = len(self.streamed.blocks)
         # 8 bits a weight and the 16-bit rest are an upper bound of what is written.
         with OutputFolder(self.dst, self._fingerprint(), self._output_bytes()) as output:
+            if not output.resumed:
+                self.checkpoint.check_weights()
             for meta in output.done_keys().values():
                 self._remember(meta)
             finished = sum(key.startswith("block ") for key in output.done_keys())
