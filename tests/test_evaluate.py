@@ -12,7 +12,7 @@ import torch
 from packed_models import make_model, pack_layers
 from safetensors.torch import load_file, save_file
 
-from lutra.errors import CalibrationError, CheckpointError, LutraError, SchemeError
+from lutra.errors import CalibrationError, CheckpointError, LutraError, ResourceError, SchemeError
 from lutra.evaluate import evaluate, measure_size
 from lutra.evaluate import perplexity as perplexity_module
 from lutra.evaluate.divergence import divergence, quantile
@@ -182,8 +182,16 @@ def test_text_errors(folder: Path, tmp_path: Path) -> None:
         evaluate(folder)
     with pytest.raises(SchemeError, match="max_windows"):
         evaluate(folder, text=latin, max_windows=0)
-    with pytest.raises(SchemeError, match="float8"):
-        evaluate(folder, text=short, dtype="float8")
+    for options, problem in (
+        ({"dtype": "float8"}, "float8"), ({"device": "gpu"}, "'gpu' is no device"),
+        ({"batch_size": 0}, "batch-size"),
+    ):  # fmt: skip
+        with pytest.raises(SchemeError, match=problem):
+            evaluate(folder, text=short, **options)
+    with pytest.raises(SchemeError, match="give --text together with --against"):
+        evaluate(folder, against=folder, tasks=["quiz"], tasks_dir=tmp_path)
+    with pytest.raises(ResourceError, match="no device cuda:99"):
+        evaluate(folder, text=short, device="cuda:99")
 
 
 def test_model_errors(folder: Path, text: Path, tmp_path: Path) -> None:

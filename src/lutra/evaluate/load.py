@@ -28,6 +28,25 @@ def open_checkpoint(folder: str | Path) -> SourceCheckpoint:
     return checkpoint
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that does not exist before anything is loaded.
+
+    Raises:
+        SchemeError: not the name of a device.
+        ResourceError: this machine, or this build of torch, has no such device.
+    """
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise SchemeError(f"{device!r} is no device; devices are cpu, cuda, cuda:1") from error
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ResourceError(
+            f"there is no device {device}: torch {torch.__version__} sees {count} CUDA "
+            f"device{'' if count == 1 else 's'}. Use --device cpu, or a build of torch for CUDA."
+        )
+
+
 def choose_dtype(asked: str | None, parameters: int, device: str) -> tuple[torch.dtype | str, str]:
     """The dtype of activations and of weights that are not quantized, and the reason for it.
 
@@ -35,8 +54,10 @@ def choose_dtype(asked: str | None, parameters: int, device: str) -> tuple[torch
     machine. ``"auto"`` in the answer means the dtype in which the checkpoint was saved.
 
     Raises:
-        SchemeError: an unknown dtype was asked for.
+        SchemeError: an unknown dtype or device was asked for.
+        ResourceError: there is no such device here.
     """
+    check_device(device)
     if asked is not None:
         if asked not in DTYPES:
             raise SchemeError(f"unknown dtype {asked!r}; there are {', '.join(DTYPES)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.errors import CalibrationError, CheckpointError
+from lutra.errors import CalibrationError, CheckpointError, SchemeError
 from lutra.evaluate.divergence import divergence, quantile
 from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint
 from lutra.evaluate.perplexity import (
@@ -178,6 +178,10 @@ def evaluate(
     """  # fmt: skip
     if text is None and not tasks:
         raise CalibrationError("nothing to measure: give a text, or tasks, or both")
+    if text is None and against is not None:
+        raise SchemeError("models are compared on a text: give --text together with --against")
+    if batch_size is not None and batch_size < 1:
+        raise SchemeError(f"--batch-size must be at least 1, not {batch_size}")
     started = time.perf_counter()
     checkpoint = open_checkpoint(model_dir)
     size = measure_size(checkpoint.path)
@@ -191,7 +195,7 @@ def evaluate(
         require_lm_eval()
         prepared = load_tasks(tasks, None if tasks_dir is None else Path(tasks_dir), limit)
     original = None
-    if text is not None and against is not None:
+    if against is not None:
         original = open_checkpoint(against)
         _same_tokens(tokenizer, load_tokenizer(original), original.path)
     model = load_model(checkpoint, device, torch_dtype)
