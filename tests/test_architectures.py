@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lutra import architectures
@@ -20,6 +23,9 @@ from lutra.architectures import (
     reduce_scale,
 )
 from lutra.errors import CheckpointError
+from lutra.formats.checkpoint import SourceCheckpoint
+from lutra.plan import plan
+from lutra.runner.walk import Recipe, quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,8 +34,8 @@ _LLAMA = {
     "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64,
 }  # fmt: skip
 _OPT = {
-    "hidden_size": 48, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61,
-    "max_position_embeddings": 64, "word_embed_proj_dim": 48,
+    "hidden_size": 48, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 61, "max_position_embeddings": 64, "word_embed_proj_dim": 48,
 }  # fmt: skip
 _NEOX = {
     "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -143,8 +149,8 @@ def test_groups_share_one_input_and_run_in_order(variant):
     firsts = [seen[group[0]] for group in arch.groups]
     for i, one in enumerate(firsts):
         assert not any(one.shape == b.shape and torch.equal(one, b) for b in firsts[i + 1 :])
-    order = list(seen)
-    assert [order.index(g[0]) for g in arch.groups] == sorted(order.index(g[0]) for g in arch.groups)
+    order = [list(seen).index(group[0]) for group in arch.groups]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -206,6 +212,65 @@ def test_folds_in_float32_stay_within_rounding(variant):
     assert (_logits(model) - before).abs().max() <= 1e-5 * before.abs().max()
 
 
+def _relative_error(model: nn.Module, path: Path) -> float:
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    expected = _logits(model)
+    return float((_logits(loaded) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_family_is_quantized_and_loads(tmp_path, variant):
+    """From checkpoint to logits; the plan knows the size to the byte."""
+    model = _model(variant)
+    model.save_pretrained(tmp_path / "source")
+    for head in (0, 8):
+        out = tmp_path / f"head{head}"
+        quantize_checkpoint(tmp_path / "source", out, Recipe("rtn", 8, 32, lm_head_bits=head))
+        planned = plan(tmp_path / "source", "rtn", 8, 32, lm_head_bits=head)
+        assert SourceCheckpoint.open(out, quantized=True).total_bytes() == planned["output_bytes"]
+        assert _relative_error(model, out) < 0.03
+
+
+def _as_on_the_hub(variant: str) -> tuple[tuple[str, str], dict[str, torch.Tensor]]:
+    """How old checkpoints of a family look: prefix taken off, masks and frequencies left in."""
+    names = {
+        "gpt2": ("transformer.", ""), "opt": ("model.", ""), "gpt_neox": ("lm_head", "embed_out")
+    }  # fmt: skip
+    causal = torch.ones(1, 1, 64, 64, dtype=torch.bool)
+    left = {
+        "gpt2": {"h.0.attn.bias": causal, "h.0.attn.masked_bias": torch.tensor(-1e4)},
+        "opt": {},
+        "gpt_neox": {
+            "gpt_neox.layers.0.attention.bias": causal,
+            "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(3),
+        },
+    }
+    return names[variant], left[variant]
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("variant", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.filterwarnings("ignore:.*pickled weights:UserWarning")
+def test_old_checkpoints_are_quantized_and_load(tmp_path, variant, pickled):
+    model = _model(variant)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    (old, new), left = _as_on_the_hub(variant)
+    file = source / "model.safetensors"
+    tensors = {n.replace(old, new, 1): t for n, t in load_file(file).items()} | left
+    file.unlink()
+    if pickled:
+        torch.save(tensors, source / "pytorch_model.bin")
+    else:
+        save_file(tensors, file)
+    config = json.loads((source / "config.json").read_text())
+    if variant != "gpt_neox":
+        del config["tie_word_embeddings"]  # old configs leave the default out
+    (source / "config.json").write_text(json.dumps(config))
+    quantize_checkpoint(source, tmp_path / "out", Recipe("rtn", 8, 32, lm_head_bits=8))
+    assert _relative_error(model, tmp_path / "out") < 0.03
+
+
 def test_reduce_is_the_largest_over_a_group_of_query_heads():
     arch = architecture_of({"model_type": "llama", **_LLAMA})
     site = next(s for s in arch.folds if s.per_head)
@@ -220,7 +285,7 @@ def test_reduce_is_the_largest_over_a_group_of_query_heads():
 
 def test_unknown_family_is_described_by_structure():
     config = transformers.AutoConfig.for_model(
-        "starcoder2", **{k: v for k, v in _LLAMA.items()}, bos_token_id=0, eos_token_id=0
+        "starcoder2", **_LLAMA, bos_token_id=0, eos_token_id=0
     )
     arch = architecture_of(config)
     assert not arch.known and arch.folds == ()
