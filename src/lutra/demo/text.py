@@ -61,9 +61,9 @@ def training_documents() -> list[str]:
     return documents
 
 
-def calibration_text() -> str:
-    """The training documents joined: what a quantizer may look at."""
-    return "\n".join(training_documents())
+def calibration_text(share: int = 1) -> str:
+    """One training document in ``share``, joined: what a quantizer may look at."""
+    return "\n".join(training_documents()[::share])
 
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
