@@ -313,12 +313,10 @@ def device_name(device: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions that a figure depends on."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("lutra", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            found[package] = "not installed"
-    return found
+    import lutra
+
+    found = {"lutra": lutra.__version__, "torch": str(torch.__version__)}
+    found |= {package: version(package) for package in ("transformers", "safetensors")}
+    return found | {"python": platform.python_version()}
