@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from lutra.architectures import (
     expand_scale,
     fold,
     fold_channels,
+    fold_query_key,
     is_linear,
     meta_model,
+    query_key_scale_shape,
     reduce_scale,
 )
 from lutra.errors import CheckpointError
@@ -194,6 +197,39 @@ def test_folds_change_nothing(variant):
                 assert not torch.equal(tensor, tensors[name])
                 tensors[name].data.copy_(tensor)
         assert (_logits(folded) - before).abs().max() < 1e-10 * before.abs().max(), site
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scales_between_queries_and_keys_change_nothing(variant):
+    model = _model(variant).double()
+    arch = architecture_of(model.config)
+    assert arch.query_key is not None
+    before = _logits(model)
+    generator = torch.Generator().manual_seed(2)
+    for block in model.get_submodule(arch.blocks):
+        tensors = dict(block.named_parameters())
+        size = query_key_scale_shape(arch)
+        scale = torch.rand(size, generator=generator, dtype=torch.float64) * 3 + 0.2
+        changed = fold_query_key(arch, tensors, scale)
+        assert {n.rpartition(".")[0] for n in changed} == {arch.query_key.query, arch.query_key.key}
+        for name, tensor in changed.items():
+            assert not torch.equal(tensor, tensors[name])
+            tensors[name].data.copy_(tensor)
+    assert (_logits(model) - before).abs().max() < 1e-10 * before.abs().max()
+
+
+def test_scales_of_a_rotated_pair_must_agree():
+    """The test above can fail: with the pairs ignored, rotary embedding mixes unequal channels."""
+    model = _model("llama").double()
+    arch = architecture_of(model.config)
+    before = _logits(model)
+    unpaired = replace(arch, rotary_dim=0)
+    for block in model.get_submodule(arch.blocks):
+        tensors = dict(block.named_parameters())
+        scale = torch.rand(query_key_scale_shape(unpaired), dtype=torch.float64) + 0.5
+        for name, tensor in fold_query_key(unpaired, tensors, scale).items():
+            tensors[name].data.copy_(tensor)
+    assert (_logits(model) - before).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "phi3"])

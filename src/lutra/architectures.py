@@ -17,6 +17,10 @@ arXiv 2306.00978, section 3.2; SmoothQuant, arXiv 2211.10438, section 4). It is 
   channel of v feeds the same channel of every query head of its group,
 - from up to down in a gated MLP, and from fc1 to fc2 where the activation is ReLU, since
   relu(x / s) = relu(x) / s for s > 0. GELU has no such property, so those families have no site.
+
+Queries and keys meet in a dot product, so q may be multiplied and k divided by the same scale. With
+rotary embeddings the two channels of a rotated pair (i and i + rotary_dim / 2) must share theirs,
+and with grouped-query attention all query heads of a group; see :class:`QueryKeySite`.
 """
 
 from __future__ import annotations
@@ -41,9 +45,7 @@ class FoldSite:
     Attributes:
         source: path in the block of the norm or linear whose outputs are divided.
         targets: paths of the linears whose inputs are multiplied.
-        rows: which outputs of ``source``: ``all``; ``v`` (the values of a fused ``[q; k; v]``),
-            ``v interleaved`` (the same, fused head by head), ``up`` (the second half of a fused
-            ``[gate; up]``).
+        rows: which outputs of ``source``, see :func:`rows_of`.
         per_head: whether targets see each source head once per query head of its group.
     """
 
@@ -51,6 +53,24 @@ class FoldSite:
     targets: tuple[str, ...]
     rows: str = "all"
     per_head: bool = False
+
+
+@dataclass(frozen=True)
+class QueryKeySite:
+    """Where queries can be multiplied and keys divided by a scale.
+
+    Attributes:
+        query, key: paths in the block of what gives queries and keys: linears, or the norms behind
+            them where a family norms heads (their weight is shared by all heads).
+        query_rows, key_rows: which outputs of each, see :func:`rows_of`.
+        shared: whether one scale serves all heads, because a norm's weight does.
+    """
+
+    query: str
+    key: str
+    query_rows: str = "all"
+    key_rows: str = "all"
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,11 +86,13 @@ class Architecture:
         head: path of the head.
         groups: linears of a block that share one input, in the order in which they run.
         folds: fold sites of a block.
-        sequential: whether the MLP reads what attention has added; False where both read the block's
-            input, so their statistics do not depend on each other.
+        query_key: where queries and keys can be rescaled against each other; None if unknown.
+        sequential: whether the MLP reads what attention has added; False where both read the
+            block's input, so their statistics do not depend on each other.
         transposed: whether linears store ``[in, out]`` (GPT-2's Conv1D).
         known: False for an entry made by :func:`describe`.
         heads, kv_heads, head_dim: shape of attention; 0 for an unknown family.
+        rotary_dim: channels of a head that rotary embedding turns; 0 without it.
     """
 
     family: str
@@ -80,12 +102,14 @@ class Architecture:
     head: str
     groups: tuple[tuple[str, ...], ...]
     folds: tuple[FoldSite, ...] = ()
+    query_key: QueryKeySite | None = None
     sequential: bool = True
     transposed: bool = False
     known: bool = True
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    rotary_dim: int = 0
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -121,9 +145,18 @@ def _opt(entry: Architecture, config: Mapping[str, Any]) -> Architecture:
     return replace(entry, prelude=prelude, epilogue=epilogue, folds=tuple(folds))
 
 
+def _phi(entry: Architecture, config: Mapping[str, Any]) -> Architecture:
+    if not config.get("qk_layernorm", False):
+        return entry
+    norms = QueryKeySite("self_attn.q_layernorm", "self_attn.k_layernorm", shared=True)
+    return replace(entry, query_key=norms)
+
+
 def _gpt_neox(entry: Architecture, config: Mapping[str, Any]) -> Architecture:
     return replace(entry, sequential=not config.get("use_parallel_residual", True))
 
+
+_QUERY_KEY = QueryKeySite("self_attn.q_proj", "self_attn.k_proj")
 
 _LLAMA = Architecture(
     family="llama",
@@ -145,13 +178,21 @@ _LLAMA = Architecture(
         FoldSite("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         FoldSite("mlp.up_proj", ("mlp.down_proj",)),
     ),
+    query_key=_QUERY_KEY,
 )
 
 _TABLE: dict[str, tuple[Architecture, Adapt | None]] = {
     "llama": (_LLAMA, None),
     "mistral": (replace(_LLAMA, family="mistral"), None),
     "qwen2": (replace(_LLAMA, family="qwen2"), None),
-    "qwen3": (replace(_LLAMA, family="qwen3"), None),
+    "qwen3": (
+        replace(
+            _LLAMA,
+            family="qwen3",
+            query_key=QueryKeySite("self_attn.q_norm", "self_attn.k_norm", shared=True),
+        ),
+        None,
+    ),
     "phi3": (
         Architecture(
             family="phi3",
@@ -171,6 +212,7 @@ _TABLE: dict[str, tuple[Architecture, Adapt | None]] = {
                 FoldSite("post_attention_layernorm", ("mlp.gate_up_proj",)),
                 FoldSite("mlp.gate_up_proj", ("mlp.down_proj",), rows="up"),
             ),
+            query_key=QueryKeySite("self_attn.qkv_proj", "self_attn.qkv_proj", "q", "k"),
         ),
         None,
     ),
@@ -194,9 +236,10 @@ _TABLE: dict[str, tuple[Architecture, Adapt | None]] = {
                 ),
                 FoldSite("self_attn.v_proj", ("self_attn.dense",), per_head=True),
             ),
+            query_key=_QUERY_KEY,
             sequential=False,
         ),
-        None,
+        _phi,
     ),
     "opt": (
         Architecture(
@@ -220,6 +263,7 @@ _TABLE: dict[str, tuple[Architecture, Adapt | None]] = {
                 FoldSite("final_layer_norm", ("fc1",)),
                 FoldSite("fc1", ("fc2",)),
             ),
+            query_key=_QUERY_KEY,
         ),
         _opt,
     ),
@@ -244,6 +288,10 @@ _TABLE: dict[str, tuple[Architecture, Adapt | None]] = {
                 ),
                 FoldSite("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
             ),
+            query_key=QueryKeySite(
+                "attention.query_key_value", "attention.query_key_value",
+                "q interleaved", "k interleaved",
+            ),
         ),
         _gpt_neox,
     ),
@@ -260,11 +308,16 @@ _TABLE: dict[str, tuple[Architecture, Adapt | None]] = {
                 FoldSite("attn.c_attn", ("attn.c_proj",), rows="v", per_head=True),
                 FoldSite("ln_2", ("mlp.c_fc",)),
             ),
+            query_key=QueryKeySite("attn.c_attn", "attn.c_attn", "q", "k"),
             transposed=True,
         ),
         None,
     ),
 }  # fmt: skip
+
+
+# What transformers takes where a config does not say it.
+_ROTARY_PARTS = {"gpt2": 0.0, "opt": 0.0, "phi": 0.5, "gpt_neox": 0.25}
 
 
 def families() -> list[str]:
@@ -299,12 +352,19 @@ def architecture_of(
         raise CheckpointError(
             f"config.json of this {family} model lacks num_attention_heads or hidden_size"
         )
+    # Qwen3's own default is 128, whatever the width.
+    head_dim = values.get("head_dim") or (128 if family == "qwen3" else width // heads)
+    rope = values.get("rope_parameters") or {}
+    part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if part is None:
+        part = values.get("rotary_pct", _ROTARY_PARTS.get(family, 1.0))
     entry = replace(
         entry,
         heads=heads,
         kv_heads=values.get("num_key_value_heads") or heads,
-        # Qwen3's own default is 128, whatever the width.
-        head_dim=values.get("head_dim") or (128 if family == "qwen3" else width // heads),
+        head_dim=head_dim,
+        # Frequencies are made for every second channel, so an odd number is rounded up.
+        rotary_dim=-(-int(head_dim * part) // 2) * 2,
     )
     return adapt(entry, values) if adapt else entry
 
@@ -386,25 +446,35 @@ def describe(model: nn.Module, family: str) -> Architecture:
 # ---- folding
 
 
-def fold_channels(site: FoldSite, shape: Architecture, source_outputs: int) -> Tensor:
-    """Which outputs of the source are rescaled, as indices ``[channels]``.
+def rows_of(rows: str, shape: Architecture, outputs: int) -> Tensor:
+    """Indices of a part of a linear's outputs, ``[channels]``.
 
     Args:
-        site: the fold site.
-        shape: the entry that the site is of, for the shape of attention.
-        source_outputs: number of outputs of the source.
+        rows: ``all``; ``q``, ``k``, ``v`` (parts of a fused ``[q; k; v]``); ``q interleaved`` and
+            so on (fused head by head, ``[head][q, k, v][head_dim]``); ``up`` (the second half of a
+            fused ``[gate; up]``).
+        shape: the family's entry, for the shape of attention.
+        outputs: number of outputs of the linear.
     """
     d = shape.head_dim
-    if site.rows == "all":
-        return torch.arange(source_outputs)
-    if site.rows == "v":
-        return torch.arange(source_outputs - shape.kv_heads * d, source_outputs)
-    if site.rows == "v interleaved":  # [head][q, k, v][head_dim]
-        per_head = torch.arange(shape.heads)[:, None] * 3 * d + 2 * d
-        return (per_head + torch.arange(d)).flatten()
-    if site.rows == "up":
-        return torch.arange(source_outputs // 2, source_outputs)
-    raise ValueError(f"unknown rows {site.rows!r}")
+    queries, keys = shape.heads * d, shape.kv_heads * d
+    part, _, interleaved = rows.partition(" ")
+    if interleaved:
+        within = "qkv".index(part) * d + torch.arange(d)
+        return (torch.arange(shape.heads)[:, None] * 3 * d + within).flatten()
+    begin, end = {
+        "all": (0, outputs),
+        "q": (0, queries),
+        "k": (queries, queries + keys),
+        "v": (queries + keys, queries + 2 * keys),
+        "up": (outputs // 2, outputs),
+    }[part]
+    return torch.arange(begin, end)
+
+
+def fold_channels(site: FoldSite, shape: Architecture, source_outputs: int) -> Tensor:
+    """Which outputs of the source are rescaled, as indices ``[channels]``."""
+    return rows_of(site.rows, shape, source_outputs)
 
 
 def expand_scale(site: FoldSite, shape: Architecture, scale_C: Tensor) -> Tensor:
@@ -441,21 +511,7 @@ def fold(
     Returns:
         New tensors for the parameters that change, in their dtypes.
     """
-    changed: dict[str, Tensor] = {}
-    rows = None
-    for suffix in ("weight", "bias"):
-        name = f"{site.source}.{suffix}"
-        tensor = tensors.get(name)
-        if tensor is None:
-            continue
-        is_matrix = tensor.dim() == 2
-        outputs_first = tensor.t() if is_matrix and shape.transposed else tensor
-        rows = fold_channels(site, shape, outputs_first.shape[0])
-        wide = outputs_first.to(torch.promote_types(tensor.dtype, torch.float32)).clone()
-        wide[rows] /= scale_C[:, None] if is_matrix else scale_C
-        changed[name] = (wide.t() if is_matrix and shape.transposed else wide).to(tensor.dtype)
-    if rows is None:
-        raise ValueError(f"{site.source} has neither weight nor bias, so nothing can be folded")
+    changed = _scale_outputs(tensors, site.source, site.rows, shape, scale_C.reciprocal())
     scale_I = expand_scale(site, shape, scale_C)
     for target in site.targets:
         name = f"{target}.weight"
@@ -463,4 +519,63 @@ def fold(
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         wide = wide * (scale_I[:, None] if shape.transposed else scale_I)
         changed[name] = wide.to(tensor.dtype)
+    return changed
+
+
+def query_key_scale_shape(shape: Architecture) -> tuple[int, int]:
+    """How many scales are free between queries and keys: ``(heads, channels)``.
+
+    Channels that rotary embedding turns in pairs share a scale, so there are
+    ``head_dim - rotary_dim / 2`` of them; heads are key heads, or 1 where norms serve all heads.
+    """
+    if shape.query_key is None:
+        raise ValueError(f"the {shape.family} family has no site between queries and keys")
+    heads = 1 if shape.query_key.shared else shape.kv_heads
+    return heads, shape.head_dim - shape.rotary_dim // 2
+
+
+def fold_query_key(
+    shape: Architecture, tensors: Mapping[str, Tensor], scale_KF: Tensor
+) -> dict[str, Tensor]:
+    """Multiply queries and divide keys by ``scale``, which leaves attention as it is.
+
+    Args:
+        shape: the family's entry.
+        tensors: the block's parameters by path, stored as the model stores them.
+        scale_KF: positive, of the shape that :func:`query_key_scale_shape` gives.
+
+    Returns:
+        New tensors for the parameters that change, in their dtypes.
+    """
+    heads, _ = query_key_scale_shape(shape)
+    site = shape.query_key
+    assert site is not None
+    pairs = shape.rotary_dim // 2
+    scale_KD = torch.cat([scale_KF[:, :pairs], scale_KF], dim=1)  # both halves of the turned part
+    per_query = 1 if site.shared else shape.heads // heads
+    scale_Q = scale_KD.repeat_interleave(per_query, dim=0).flatten()
+    changed = _scale_outputs(tensors, site.query, site.query_rows, shape, scale_Q)
+    after = {**tensors, **changed}  # queries and keys may be rows of the same tensor
+    keys = _scale_outputs(after, site.key, site.key_rows, shape, scale_KD.flatten().reciprocal())
+    return {**changed, **keys}
+
+
+def _scale_outputs(
+    tensors: Mapping[str, Tensor], path: str, rows: str, shape: Architecture, scale_C: Tensor
+) -> dict[str, Tensor]:
+    """Weight and bias of a linear or norm with some outputs multiplied."""
+    changed: dict[str, Tensor] = {}
+    for suffix in ("weight", "bias"):
+        name = f"{path}.{suffix}"
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        turned = tensor.dim() == 2 and shape.transposed
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        outputs_first = wide.t() if turned else wide
+        index = rows_of(rows, shape, outputs_first.shape[0])
+        outputs_first[index] *= scale_C[:, None] if tensor.dim() == 2 else scale_C
+        changed[name] = wide.to(tensor.dtype)
+    if not changed:
+        raise ValueError(f"{path} has neither weight nor bias, so nothing can be folded")
     return changed
