@@ -90,22 +90,39 @@ class Function:
                     ),
                     f"give kernel {name} {shared_bytes} bytes of shared memory",
                 )
-        self._config = driver.CUlaunchConfig()
-        self._config.sharedMemBytes = shared_bytes
-        if device.dependent_launch:
-            dependent = driver.CUlaunchAttribute()
-            ids = driver.CUlaunchAttributeID
-            dependent.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            dependent.value.programmaticStreamSerializationAllowed = 1
-            self._config.attrs = [dependent]
-            self._config.numAttrs = 1
+        self._configs: dict[int, Any] = {}
         self._launch = driver.cuLaunchKernelEx
 
+    def _config(self, cluster: int) -> Any:
+        """Launch settings for one cluster size, made once."""
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.sharedMemBytes = self.shared_bytes
+        ids = driver.CUlaunchAttributeID
+        attributes = []
+        if self.device.dependent_launch:
+            dependent = driver.CUlaunchAttribute()
+            dependent.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            dependent.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(dependent)
+        if cluster > 1:
+            clustered = driver.CUlaunchAttribute()
+            clustered.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            clustered.value.clusterDim.x = cluster
+            clustered.value.clusterDim.y = clustered.value.clusterDim.z = 1
+            attributes.append(clustered)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        return config
+
     def __call__(
-        self, arguments: ctypes.Structure, grid: tuple[int, int, int], threads: int
+        self, arguments: ctypes.Structure, grid: tuple[int, int, int], threads: int,
+        cluster: int = 1,
     ) -> None:
         """Queue the kernel on the current stream of its device."""
-        config = self._config
+        config = self._configs.get(cluster)
+        if config is None:
+            config = self._configs[cluster] = self._config(cluster)
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.hStream = torch.cuda.current_stream(self.device.index).cuda_stream

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from lutra.errors import KernelError
 from lutra.kernels.cuda.launch import Card, Function, card, function
-from lutra.kernels.cuda.layout import TILE_ROWS, Layout
+from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
 
 MAX_FEW_TOKENS = 16
+# Most tokens for which a kernel is the fastest, by whether a weight is one code (True) or planes.
+FEW_TOKENS = {True: 2, False: 4}
+FIELD_TOKENS = {True: 192, False: 64}
 DENSE_WORKSPACE_BYTES = 64 << 20
 RING_BYTES = 96 << 10  # of weights in flight per processor; half of it still hides the latency
 
@@ -39,6 +42,36 @@ class _FewArguments(ctypes.Structure):
         ("items_per_group", ctypes.c_int),
         ("panel_items", ctypes.c_int),
         ("k_warps", ctypes.c_int),
+    ]
+
+
+class _ArrangeArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("arranged", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
+        ("tokens", ctypes.c_int),
+        ("in_features", ctypes.c_int),
+        ("slices", ctypes.c_int),
+    ]
+
+
+class _FieldArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("arranged", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_longlong),
+        ("rows", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("items", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("items_per_group", ctypes.c_int),
     ]
 
 
@@ -186,6 +219,101 @@ def few_linear(
     kernel(arguments, (plan.grid, 1, 1), plan.warps * 32)
 
 
+@dataclass(frozen=True)
+class FieldPlan:
+    """Parameters of one launch of `field_linear.cu`.
+
+    Attributes:
+        tokens: tokens of one block, a width of the tensor-core product.
+        token_tiles: blocks along the tokens.
+        warpgroups: each takes 64 rows.
+        stages, ahead: slices of x in shared memory, slices of weights in registers.
+        cluster: blocks that share the inputs of a row.
+        row_blocks, shared_bytes: of the launch.
+    """
+
+    tokens: int
+    token_tiles: int
+    warpgroups: int
+    stages: int
+    ahead: int
+    cluster: int
+    row_blocks: int
+    shared_bytes: int
+
+
+@lru_cache(maxsize=None)
+def plan_field(layout: Layout, uniform: bool, tokens: int, device: Card) -> FieldPlan:
+    """How blocks share rows, tokens and inputs."""
+    width = next((n for n in (8, 16, 32) if n >= tokens), 64)
+    tiles = -(-tokens // width)
+    ahead = max(1, min(4 if width <= 16 else 2, 9 // layout.bits))
+    slices = layout.items * 2
+    most = 3 if width == 64 and not (uniform and layout.bits <= 4) else 4
+
+    def cost(option: tuple[int, int]) -> float:
+        warpgroups, cluster = option
+        blocks = -(-layout.rows // (64 * warpgroups)) * cluster * tiles
+        # Clusters of 4 and 8 leave the odd processors of a GPC idle.
+        processors = device.processors if cluster <= 2 else device.processors // 8 * 8
+        return -(-blocks // processors) * (-(-slices // cluster) + 4) * (warpgroups + 0.5)
+
+    options = [(w, c) for w in range(most, 1, -1) for c in (1, 2, 4, 8) if c == 1 or c * 2 <= slices]
+    warpgroups, cluster = min(options, key=cost)
+    stages = min(8, max(4, (100 << 10) // (width * 260)))
+    shared = max(stages * width * 260, width * (warpgroups * 64 + 4) * 4)
+    return FieldPlan(
+        width, tiles, warpgroups, stages, ahead, cluster, -(-layout.rows // (64 * warpgroups)),
+        shared,
+    )
+
+
+@lru_cache(maxsize=None)
+def _field_functions(
+    layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, tokens: int, device: Card
+) -> tuple[FieldPlan, Function, Function]:
+    plan = plan_field(layout, uniform, tokens, device)
+    defines = format_defines(layout, uniform, scale, x) | {"TOKENS": plan.tokens}
+    main = defines | {
+        "WARPGROUPS": plan.warpgroups, "STAGES": plan.stages, "AHEAD": plan.ahead,
+    }
+    return (
+        plan,
+        function("arrange", defines, device, layout.items * ITEM_INPUTS * 2),
+        function("field_linear", main, device, plan.shared_bytes),
+    )
+
+
+def field_linear(
+    x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, layout: Layout,
+    uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for some tens of rows of x on Hopper; groups of 128 and more."""
+    device = card(x.device.index)
+    tokens = x.shape[0]
+    plan, arrange, kernel = _field_functions(
+        layout, uniform, scales.dtype, x.dtype, tokens, device
+    )
+    slices, padded = layout.items * 2, plan.tokens * plan.token_tiles
+    arranged = torch.empty(slices * padded * 260, dtype=torch.uint8, device=x.device)
+    factors = torch.empty(padded, dtype=torch.float32, device=x.device)
+    arrange(
+        _ArrangeArguments(
+            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
+            layout.inputs, slices,
+        ),
+        (padded, 1, 1),
+        256,
+    )
+    arguments = _FieldArguments(
+        planes.data_ptr(), scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(),
+        _pointer(bias), y.data_ptr(), y.stride(0), layout.rows, tokens, layout.tiles,
+        layout.items, layout.groups, layout.items_per_group,
+    )
+    grid = (plan.cluster, plan.row_blocks, plan.token_tiles)
+    kernel(arguments, grid, plan.warpgroups * 128, plan.cluster)
+
+
 @lru_cache(maxsize=None)
 def _dequantize_function(
     layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, device: Card
@@ -239,6 +367,24 @@ def dense_linear(
             y[:, first:last] = x @ dense.T
 
 
+@lru_cache(maxsize=None)
+def choose(
+    layout: Layout, uniform: bool, scale_bytes: int, tokens: int, device: Card
+) -> tuple[str, str]:
+    """Kernel for a number of tokens, ``few``, ``field`` or ``dense``, and why.
+
+    The limits are where the measured times cross on an H200 (docs/performance-gpu.md).
+    """
+    field = device.capability == (9, 0) and layout.group >= 128
+    few = few_tokens_limit(layout, scale_bytes, device)
+    codes = uniform and layout.bits <= 4
+    if few and tokens <= (FEW_TOKENS[codes] if field else MAX_FEW_TOKENS):
+        return "few", f"up to {FEW_TOKENS[codes] if field else MAX_FEW_TOKENS} tokens"
+    if field and tokens <= FIELD_TOKENS[codes]:
+        return "field", f"up to {FIELD_TOKENS[codes]} tokens on {device.arch}"
+    return "dense", "more tokens than the fused kernels are faster for"
+
+
 def multiply(
     x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, layout: Layout, uniform: bool
 ) -> Tensor:
@@ -247,15 +393,19 @@ def multiply(
         x = x.contiguous()
     tokens = x.shape[0]
     y = x.new_empty(tokens, layout.rows)
-    limit = few_tokens_limit(layout, scales.dtype.itemsize, card(x.device.index))
+    if tokens == 0 or layout.rows == 0:
+        return y
+    device = card(x.device.index)
+    fused = bias if bias is None or bias.dtype == x.dtype else None
+    kernel, _ = choose(layout, uniform, scales.dtype.itemsize, tokens, device)
     with torch.cuda.device(x.device.index):
-        fused = bias if bias is None or bias.dtype == x.dtype else None
-        if tokens == 0 or layout.rows == 0:
-            pass
-        elif tokens <= MAX_FEW_TOKENS and limit:
+        if kernel == "few":
+            limit = few_tokens_limit(layout, scales.dtype.itemsize, device)
             for i in range(0, tokens, limit):
                 part = slice(i, i + limit)
                 few_linear(x[part], planes, scales, fused, y[part], layout, uniform)
+        elif kernel == "field":
+            field_linear(x, planes, scales, fused, y, layout, uniform)
         else:
             dense_linear(x, planes, scales, y, layout, uniform)
             fused = None
