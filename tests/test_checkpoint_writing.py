@@ -201,6 +201,30 @@ def test_two_processes(tmp_path):
         assert list(out.done_keys()) == ["a", "b"]
 
 
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="no locks"):
+        _complete(tmp_path / "out")
+    assert _names(tmp_path) == ["out"]
+
+
+def test_file_system_that_can_not_sync_folders(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def sync(file: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    _complete(tmp_path / "out")
+
+
 def test_failure_before_the_first_shard_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), OutputFolder(tmp_path / "out", RUN):
         raise RuntimeError("bad input")

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ from lutra.formats.shard import (
 )
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What file systems without locks answer, some network mounts among them.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -286,6 +289,14 @@ class OutputFolder:
                 f"another process is writing {self.dst} (it holds {self.partial / 'lock'}). "
                 "Wait for it, or choose another destination."
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"the file system of {self.partial} has no locks; see to it that no second process "
+                f"writes {self.dst}",
+                stacklevel=4,
+            )
 
     def _read_journal(self) -> None:
         if not self._journal_path.exists():

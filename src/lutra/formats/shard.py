@@ -12,6 +12,7 @@ copy, in an order that the tensors alone decide, so the same tensors give the sa
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -334,5 +335,9 @@ def sync_folder(folder: Path) -> None:
     file = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(file)
+    except OSError as error:
+        # Some network and FUSE file systems can not sync a folder; the files themselves are.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(file)
