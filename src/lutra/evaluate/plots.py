@@ -272,7 +272,7 @@ def _legend(axes: Any, entries: int) -> None:
     if entries < 2 and not axes.get_legend_handles_labels()[1]:
         return
     legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=min(entries, 3), frameon=False,
+        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=entries if entries <= 4 else 3, frameon=False,
         fontsize=9, borderaxespad=0, columnspacing=1.4, handletextpad=0.5,
     )  # fmt: skip
     for text in legend.get_texts():
