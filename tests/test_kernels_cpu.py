@@ -1,4 +1,4 @@
-"""CPU kernels against the product in float64 with the unpacked weight, on every level of this machine."""
+"""CPU kernels against the product in float64 with the unpacked weight, on every level of this CPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lutra.formats.bitplanes import BitPlanes, groups_per_row
+from lutra.kernels.cpu import linear as cpu
 from lutra.kernels.dispatch import LinearSpec
 
 _native = pytest.importorskip(
     "lutra.kernels.cpu._native", reason="the CPU extension was not built here"
 )
-from lutra.kernels.cpu import linear as cpu
 
 LEVELS = _native.levels()
 EXACT, FAST = 5e-5, 8e-3
@@ -29,8 +29,10 @@ def seed() -> None:
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _native.level()
     _native.set_level(request.param)
+    cpu.most_rows_by_tables.cache_clear()
     yield request.param
     _native.set_level(before)
+    cpu.most_rows_by_tables.cache_clear()
 
 
 def random_weight(
@@ -89,9 +91,12 @@ def test_batches(level: str, rows: int) -> None:
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 5, 8])
 @pytest.mark.parametrize("uniform", [False, True])
-def test_decoding_matches_unpack(level: str, bits: int, uniform: bool) -> None:
+def test_decoding_matches_unpack(
+    level: str, bits: int, uniform: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "most_rows_by_tables", lambda *_: 0)
     weight = random_weight(75, 200, bits, 64, uniform)
-    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)):
         x = torch.randn(90, 200).to(dtype)
         assert relative_error(multiply(weight, x), x, weight) < bound
 
@@ -110,9 +115,11 @@ def test_dtypes(level: str, dtype: torch.dtype, scales: torch.dtype) -> None:
 @pytest.mark.parametrize("scales", [torch.float16, torch.float32])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_restore_is_exact(level: str, uniform: bool, scales: torch.dtype) -> None:
-    for (out, in_), bits, group in itertools.product(((1, 1), (100, 333), (64, 64)), (1, 4), (32, -1)):
+    shapes = ((1, 1), (100, 333), (64, 64))
+    for (out, in_), bits, group in itertools.product(shapes, (1, 4), (32, -1)):
         weight = random_weight(out, in_, bits, group, uniform, scales)
         kernel, spec = cpu.CpuKernel(False), spec_of(weight, torch.float32)
         back = kernel.restore(kernel.prepare(weight, spec), spec)
         for name, tensor in weight.tensors().items():
-            assert torch.equal(tensor, back.tensors()[name]) and tensor.dtype == back.tensors()[name].dtype
+            restored = back.tensors()[name]
+            assert torch.equal(tensor, restored) and tensor.dtype == restored.dtype

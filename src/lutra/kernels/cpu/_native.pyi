@@ -21,6 +21,13 @@ def linear(
     fast: bool, x: int, x_dtype: int, x_stride: int, rows: int, bias: int, y: int,
     threads: int, /,
 ) -> None: ...
+def has_matrix_unit() -> bool: ...
+def linear_by_tiles(
+    planes: int, scale: int, offset: int, scale_dtype: int, offset_dtype: int,
+    out: int, in_: int, bits: int, group_size: int, uniform: bool,
+    split: bool, x: int, x_dtype: int, x_stride: int, rows: int, bias: int, y: int,
+    threads: int, /,
+) -> None: ...
 def decode(
     planes: int, scale: int, offset: int, scale_dtype: int, offset_dtype: int,
     out: int, in_: int, bits: int, group_size: int, uniform: bool,

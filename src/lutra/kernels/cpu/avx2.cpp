@@ -306,7 +306,7 @@ void decode(const Weight& w, int block, Dtype dtype, void* dst, size_t stride) {
 }
 
 const Isa isa = {"avx2", 1,     1,        {kExactTable, kFastTable}, load, store,
-                 build,  multiply, decode};
+                 build,  multiply, decode, nullptr};
 
 }  // namespace
 

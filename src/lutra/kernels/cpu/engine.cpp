@@ -129,6 +129,13 @@ size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 constexpr size_t kTablesWorthSharing = 128 * 1024;
 // Rows of activations whose tables are alive at once: they must stay in the second-level cache.
 constexpr int kRowsAtOnce = 16;
+// On a matrix unit. Words decoded at once: 256 inputs of 64 rows are 32 KiB, which stay in the
+// first-level cache while they are multiplied. Blocks of an item: with two, the activations are read
+// half as often from further out. Rows of activations: beyond them the sums leave the caches, and
+// decoding again costs less.
+constexpr int kSlabWords = 8;
+constexpr int kItemBlocks = 2;
+constexpr int kTileBatch = 256;
 
 }  // namespace
 
@@ -204,6 +211,102 @@ void linear(const Weight& w, const Isa& isa, Numerics numerics, const void* x, D
                   (unsigned char*)y + ((size_t)(start + r) * w.out + row) * x_size);
     };
     parallel(blocks, team, multiply);
+  }
+}
+
+void linear_by_tiles(const Weight& w, const Isa& isa, const MatrixUnit& unit, bool split,
+                     const void* x, Dtype x_dtype, size_t x_stride, int m, const float* bias,
+                     void* y, int threads) {
+  const int terms = split ? 2 : 1, x_size = size_of(x_dtype);
+  const int team = threads < 1 ? 1 : threads < kMaxThreads ? threads : kMaxThreads;
+  const int blocks = blocks_of(w), block_rows = w.tiles * kTileRows;
+  // More blocks in an item read the activations less often; fewer share the work better.
+  int item_blocks = blocks / (4 * team);
+  item_blocks = item_blocks < 1 ? 1 : item_blocks > kItemBlocks ? kItemBlocks : item_blocks;
+  const int items = (blocks + item_blocks - 1) / item_blocks, item_tiles = item_blocks * w.tiles;
+  const int rows_at_once = m < kTileBatch ? m : kTileBatch;
+  const int b_tiles_most = (rows_at_once + 15) / 16;
+  const size_t columns = (size_t)w.words * 32;
+  const size_t b_step = columns * 16;  // one tile of 16 activations
+
+  const size_t b_bytes = b_step * b_tiles_most * 2;
+  const size_t row_bytes = columns * 16 * (4 + 2);
+  const size_t a_bytes = (size_t)item_tiles * kSlabWords * 1024;
+  const size_t c_bytes = (size_t)item_tiles * b_tiles_most * 1024;
+  const size_t work_bytes = a_bytes * terms + c_bytes;
+  const size_t thread_bytes = work_bytes > row_bytes ? work_bytes : row_bytes;
+  unsigned char* memory = scratch.get(b_bytes * terms + thread_bytes * team);
+  uint16_t* b[2] = {(uint16_t*)memory, (uint16_t*)(memory + b_bytes)};
+  unsigned char* own = memory + b_bytes * terms;
+
+  for (int start = 0; start < m; start += rows_at_once) {
+    const int rows = m - start < rows_at_once ? m - start : rows_at_once;
+    const int b_tiles = (rows + 15) / 16;
+    auto pack = [&](int tile, int thread) {
+      float* numbers = (float*)(own + thread_bytes * thread);
+      uint16_t* rounded = (uint16_t*)(numbers + columns * 16);
+      for (int r = 0; r < 16; r++) {
+        float* row = numbers + columns * r;
+        const int from = tile * 16 + r;
+        const int valid = from < rows ? w.in : 0;
+        if (valid)
+          isa.load((const unsigned char*)x + (size_t)(start + from) * x_stride * x_size, x_dtype,
+                   valid, row);
+        memset(row + valid, 0, (columns - valid) * 4);
+      }
+      for (int term = 0; term < terms; term++) {
+        isa.store(numbers, nullptr, (int)columns * 16, BF16, rounded);
+        unit.pack(rounded, columns, w.words, b[term] + b_step * tile);
+        if (term + 1 < terms)
+          for (size_t i = 0; i < columns * 16; i++) {
+            const uint32_t bits = (uint32_t)rounded[i] << 16;
+            float f;
+            memcpy(&f, &bits, 4);
+            numbers[i] -= f;
+          }
+      }
+    };
+    parallel(b_tiles, team, pack);
+    auto multiply = [&](int item, int thread) {
+      uint16_t* a[2] = {(uint16_t*)(own + thread_bytes * thread),
+                        (uint16_t*)(own + thread_bytes * thread + a_bytes)};
+      float* c = (float*)(own + thread_bytes * thread + a_bytes * terms);
+      const int first = item * item_blocks;
+      const int last = first + item_blocks < blocks ? first + item_blocks : blocks;
+      const int tiles = (last < blocks ? last * w.tiles : w.total_tiles) - first * w.tiles;
+      memset(c, 0, (size_t)tiles * b_tiles * 1024);
+      unit.begin();
+      for (int from = 0; from < w.words; from += kSlabWords) {
+        const int to = from + kSlabWords < w.words ? from + kSlabWords : w.words;
+        const size_t a_step = (size_t)(to - from) * 512;
+        for (int block = first; block < last; block++) {
+          const size_t at = (size_t)(block - first) * w.tiles * a_step;
+          isa.decode_tiles(w, block, from, to, a[0] + at, split ? a[1] + at : nullptr);
+        }
+        const size_t k = (size_t)from * 512;
+        unit.multiply(c, a[0], a_step, tiles, b[0] + k, b_step, b_tiles, to - from);
+        if (split) {
+          unit.multiply(c, a[0], a_step, tiles, b[1] + k, b_step, b_tiles, to - from);
+          unit.multiply(c, a[1], a_step, tiles, b[0] + k, b_step, b_tiles, to - from);
+        }
+      }
+      unit.end();
+      for (int block = first; block < last; block++) {
+        const int row = block * block_rows;
+        const int count = w.out - row < block_rows ? w.out - row : block_rows;
+        for (int j = 0; j < b_tiles; j++) {
+          alignas(64) float out[16][kMaxBlockRows];
+          for (int t = 0; t < tiles_of(w, block); t++) {
+            const size_t tile = (size_t)((block - first) * w.tiles + t) * b_tiles + j;
+            unit.transpose(c + tile * 256, &out[0][t * kTileRows], kMaxBlockRows);
+          }
+          for (int r = 0; r < 16 && j * 16 + r < rows; r++)
+            isa.store(out[r], bias ? bias + row : nullptr, count, x_dtype,
+                      (unsigned char*)y + ((size_t)(start + j * 16 + r) * w.out + row) * x_size);
+        }
+      }
+    };
+    parallel(items, team, multiply);
   }
 }
 

@@ -20,6 +20,13 @@ void restore(const Weight& w, const Isa& isa, uint32_t* planes, void* scale, voi
 void linear(const Weight& w, const Isa& isa, Numerics numerics, const void* x, Dtype x_dtype,
             size_t x_stride, int m, const float* bias, void* y, int threads);
 
+// The same on a matrix unit, for larger m: weights are decoded to bfloat16, activations rounded to
+// it, sums are float. `split` keeps what the roundings left as second bfloat16 terms and adds their
+// products, which makes it three times the work and as good as float. Needs isa.decode_tiles.
+void linear_by_tiles(const Weight& w, const Isa& isa, const MatrixUnit& unit, bool split,
+                     const void* x, Dtype x_dtype, size_t x_stride, int m, const float* bias,
+                     void* y, int threads);
+
 // Dense rows of blocks [begin, end) to dst, float or bfloat16, `words * 32` elements per row.
 void decode(const Weight& w, const Isa& isa, int begin, int end, Dtype dtype, void* dst,
             int threads);

@@ -5,6 +5,10 @@
 #include <cpuid.h>
 #define LUTRA_X86 1
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lutra {
 
@@ -14,14 +18,29 @@ const Isa* const kAvx512Vnni = nullptr;
 const Isa* const kAvx512Bw = nullptr;
 const Isa* const kAvx2 = nullptr;
 #endif
+#ifndef LUTRA_AMX
+const MatrixUnit* const kAmx = nullptr;
+#endif
 #ifndef LUTRA_NEON
 const Isa* const kNeon = nullptr;
 #endif
 
 namespace {
 
+#ifdef LUTRA_X86
+// Linux gives a process the tile registers only when it asks; their state is 8 KiB per thread.
+bool request_tiles() {
+#if defined(__linux__)
+  constexpr int kArchReqXcompPerm = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Features {
-  bool avx2 = false, avx512bw = false, avx512vnni = false;
+  bool avx2 = false, avx512bw = false, avx512vnni = false, amx = false;
 };
 
 Features detect() {
@@ -40,6 +59,8 @@ Features detect() {
   f.avx512bw = zmm && f.avx2 && foundation && dq && bw && vl;
   const bool vbmi = c >> 1 & 1, vnni = c >> 11 & 1;
   f.avx512vnni = f.avx512bw && vbmi && vnni;
+  const bool tiles_saved = (low & 0x60000) == 0x60000;
+  f.amx = f.avx512vnni && tiles_saved && (d >> 22 & 1) && (d >> 24 & 1) && request_tiles();
 #endif
   return f;
 }
@@ -56,5 +77,7 @@ int available_levels(const Isa* levels[kIsaCount]) {
   levels[n++] = kPortable;
   return n;
 }
+
+const MatrixUnit* available_matrix_unit() { return detect().amx ? kAmx : nullptr; }
 
 }  // namespace lutra

@@ -77,6 +77,25 @@ struct Isa {
                    float* out);
   // Dense rows of one block into dst (float or bfloat16), row stride `stride` >= words * 32.
   void (*decode)(const Weight& w, int block, Dtype dtype, void* dst, size_t stride);
+  // Words [from, to) of one block as bfloat16 tiles [tile][word]{16 rows}{32 inputs}; `rest` (may be
+  // null) gets what the rounding left, rounded again. Null where no matrix unit could use it.
+  void (*decode_tiles)(const Weight& w, int block, int from, int to, uint16_t* dst,
+                       uint16_t* rest);
+};
+
+// A matrix unit: c[i][j] += sum over k of a[i][k] b[j][k], 16 x 16 x 32 at a time.
+struct MatrixUnit {
+  // The unit's state, before and after a thread's work.
+  void (*begin)();
+  void (*end)();
+  // c: [a_tiles][b_tiles]{16 x 16 float}, added to; a: [a_tiles][words]{16 x 32 bfloat16}, with
+  // `a_step` elements from tile to tile; b: [b_tiles]{words}{16 pairs of k}{16 j}{2}, `b_step`.
+  void (*multiply)(float* c, const uint16_t* a, size_t a_step, int a_tiles, const uint16_t* b,
+                   size_t b_step, int b_tiles, int words);
+  // 16 rows of bfloat16, `stride` apart, to [words]{16 pairs}{16 rows}{2}.
+  void (*pack)(const uint16_t* rows, size_t stride, int words, uint16_t* dst);
+  // A tile {16 i}{16 j} of c, transposed.
+  void (*transpose)(const float* tile, float* dst, size_t stride);
 };
 
 inline constexpr int kIsaCount = 5;
@@ -86,5 +105,6 @@ extern const Isa* const kAvx512Bw;
 extern const Isa* const kAvx2;
 extern const Isa* const kNeon;
 extern const Isa* const kPortable;
+extern const MatrixUnit* const kAmx;
 
 }  // namespace lutra

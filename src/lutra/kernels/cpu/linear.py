@@ -10,7 +10,9 @@ Two numerics, by name:
 - ``cpu-fast``: 8-bit tables, about 0.6 %, the error of kernels that round activations to 8 bits.
   Where memory is the limit it is no faster, so it must be asked for (``LUTRA_KERNEL=cpu-fast``).
 
-In both, larger batches of bfloat16 round the weights to bfloat16, as a dense bfloat16 model would.
+In both, larger batches of bfloat16 activations round the weights to bfloat16, as a dense bfloat16
+model would. Larger batches of other activations keep the precision of ``cpu`` (bfloat16 terms for
+what rounding leaves, or float32), and with ``cpu-fast`` on a matrix unit are rounded to bfloat16.
 
 Where a layer's tensors lie: ``prepare`` gives flat tensors, planes int32, scale and offset in their
 stored dtype, permuted for the instruction set in use and padded to whole tiles of 16 rows.
@@ -59,10 +61,30 @@ def native() -> Any:
     return _native
 
 
+# Largest batches for lookup tables by bits, with more bits than listed like the last. Measured with
+# 4096 x 4096 in groups of 128; docs/performance-cpu.md has the times on both sides.
+MOST_ROWS_BY_TABLES = {
+    # (matrix unit, numerics): a matrix unit multiplies decoded weights in one pass, in three where
+    # activations of more than bfloat16's precision must keep it, or torch multiplies them.
+    ("tiles", "exact"): (16, 8, 6, 5),
+    ("tiles", "fast"): (32, 12, 9, 7),
+    ("three tiles", "exact"): (96, 12, 8, 6),
+    ("torch", "exact"): (48, 32, 24, 20, 12),
+    ("torch", "fast"): (96, 64, 48, 40, 24),
+}
+
+
+@cache
 def most_rows_by_tables(bits: int, dtype: torch.dtype, fast: bool) -> int:
     """Largest batch that lookup tables multiply at least as fast as decoding does (measured)."""
-    rows = {1: 32, 2: 16, 3: 12, 4: 8}.get(bits, 4)
-    return rows * 2 if fast else rows
+    if not native().has_matrix_unit():
+        decoded = "torch"
+    elif fast or dtype == torch.bfloat16:
+        decoded = "tiles"
+    else:
+        decoded = "three tiles"
+    rows = MOST_ROWS_BY_TABLES[decoded, "fast" if fast else "exact"]
+    return rows[min(bits, len(rows)) - 1]
 
 
 def padded_rows(out_features: int) -> int:
@@ -129,9 +151,9 @@ def _check(
             f"bias must be {out_features} floating-point numbers, not {tuple(bias.shape)} of "
             f"{bias.dtype}"
         )
-    for tensor in (planes, scale, offset, bias):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"activations are on {x.device}, the weight on {tensor.device}")
+    for part in (planes, scale, offset, bias):
+        if part is not None and part.device != x.device:
+            raise ValueError(f"activations are on {x.device}, the weight on {part.device}")
 
 
 @torch.library.register_fake("lutra::cpu_linear", lib=library)
@@ -175,21 +197,27 @@ def _run(x: Tensor, layer: tuple[Any, ...], bias: Tensor | None, fast: bool) -> 
     rows = y.numel() // out_features
     if rows == 0:
         return y
-    if rows <= most_rows_by_tables(bits, x.dtype, fast):
-        stride = in_features
-        if not x.is_contiguous():
-            x = x.reshape(-1, in_features)
-            x = x if x.stride(1) == 1 else x.contiguous()
-            stride = x.stride(0)
-        if bias is not None:
-            bias = bias.to(torch.float32).contiguous()
-        code = ACTIVATIONS[x.dtype]
-        native().linear(
-            *layer, fast, x.data_ptr(), code, stride, rows,
-            0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
-        )
-    else:
+    by_tables = rows <= most_rows_by_tables(bits, x.dtype, fast)
+    if not by_tables and not native().has_matrix_unit():
         _multiply_decoded(x.reshape(-1, in_features), y.view(rows, out_features), bias, layer)
+        return y
+    stride = in_features
+    if not x.is_contiguous():
+        x = x.reshape(-1, in_features)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        stride = x.stride(0)
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    # Rounding bfloat16 activations to bfloat16 loses nothing, so only others need a second term.
+    multiply, numerics = (
+        (native().linear, fast)
+        if by_tables
+        else (native().linear_by_tiles, not fast and x.dtype != torch.bfloat16)
+    )
+    multiply(
+        *layer, numerics, x.data_ptr(), ACTIVATIONS[x.dtype], stride, rows,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )
     return y
 
 
@@ -219,7 +247,7 @@ library.impl("cpu_linear", cpu_linear, "CPU")
 
 
 class CpuKernel(Kernel):
-    """Lookup tables for small batches, decoding to dense for large ones. See the module's docstring.
+    """Lookup tables for small batches, decoded weights for large ones; see the module's docstring.
 
     Args:
         fast: 8-bit instead of 16-bit tables.
@@ -275,15 +303,15 @@ class CpuKernel(Kernel):
             (scales, spec.out_features, groups),
             (spec.out_features, groups),
         )
-        stored = [
+        planes, scale, offset = (
             torch.empty(s, dtype=t.dtype, device=t.device)
             for s, t in zip(shapes, prepared, strict=True)
-        ]
-        threads = torch.get_num_threads()
-        native().restore(
-            *self._layer(prepared, spec), *(t.data_ptr() for t in stored), threads
         )
-        return BitPlanes(*stored, spec.in_features, spec.group_size)
+        native().restore(
+            *self._layer(prepared, spec), planes.data_ptr(), scale.data_ptr(), offset.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return BitPlanes(planes, scale, offset, spec.in_features, spec.group_size)
 
     def linear(
         self, x: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: LinearSpec

@@ -23,6 +23,7 @@ namespace {
 const Isa* levels[kIsaCount];
 int level_count = 0;
 const Isa* current = nullptr;
+const MatrixUnit* matrix_unit = nullptr;
 
 std::vector<std::string> level_names() {
   std::vector<std::string> names;
@@ -80,6 +81,7 @@ void check_rows(int m, int threads) {
 NB_MODULE(_native, m) {
   level_count = available_levels(levels);
   current = levels[0];
+  matrix_unit = available_matrix_unit();
   m.doc() = "Kernels for bit planes on CPUs. Tensors are passed as addresses.";
   m.def("levels", &level_names, "Instruction-set levels that run here, best first.");
   m.def("level", [] { return std::string(current->name); }, "The level in use.");
@@ -119,6 +121,20 @@ NB_MODULE(_native, m) {
           nb::gil_scoped_release release;
           linear(layer.w, *current, fast ? kFast : kExact, pointer<const void>(x), dtype, x_stride,
                  rows, pointer<const float>(bias), pointer<void>(y), threads);
+        });
+  m.def("has_matrix_unit", [] { return matrix_unit && current->decode_tiles; },
+        "Whether `linear_by_tiles` works at this level on this machine.");
+  m.def("linear_by_tiles",
+        [](LAYER_ARGUMENTS, bool split, size_t x, int x_dtype, size_t x_stride, int rows,
+           size_t bias, size_t y, int threads) {
+          check_rows(rows, threads);
+          const Layer layer = LAYER;
+          const Dtype dtype = dtype_of(x_dtype);
+          if (!matrix_unit || !current->decode_tiles)
+            throw std::invalid_argument("no matrix unit here");
+          nb::gil_scoped_release release;
+          linear_by_tiles(layer.w, *current, *matrix_unit, split, pointer<const void>(x), dtype,
+                          x_stride, rows, pointer<const float>(bias), pointer<void>(y), threads);
         });
   m.def("decode",
         [](LAYER_ARGUMENTS, int first_row, int rows, int dtype_code, size_t dst, int threads) {

@@ -154,7 +154,7 @@ void decode(const Weight& w, int block, Dtype dtype, void* dst, size_t stride) {
   }
 }
 
-const Isa isa = {"portable", 1, 0, {512, 512}, load, store, build, multiply, decode};
+const Isa isa = {"portable", 1, 0, {512, 512}, load, store, build, multiply, decode, nullptr};
 
 }  // namespace
 
