@@ -473,7 +473,13 @@ def _in_words(value: Any) -> str:
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar with the time left, on standard error; plain silence where that is not a terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = _console()
     with Progress(

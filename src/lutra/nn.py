@@ -33,7 +33,11 @@ class QuantizedLinear(nn.Module):
     _hf_quantized_needs_local_tp = True
 
     def __init__(
-        self, in_features: int, out_features: int, format: Format, bias: bool = False,
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -114,8 +118,13 @@ class QuantizedLinear(nn.Module):
         self._release()
         weight = self.bitplanes()
         self._spec = LinearSpec(
-            self.out_features, self.in_features, weight.bits, self.group_size, weight.uniform,
-            weight.planes.device, dtype,
+            self.out_features,
+            self.in_features,
+            weight.bits,
+            self.group_size,
+            weight.uniform,
+            weight.planes.device,
+            dtype,
         )
         self._choice = choose(self._spec)
         self._prepared = self._choice.kernel.prepare(weight, self._spec)

@@ -73,7 +73,9 @@ class Format:
             )
         serve = match["serve"]
         return cls(
-            match["kind"], int(match["bits"]), int(match["group"] or -1),
+            match["kind"],
+            int(match["bits"]),
+            int(match["group"] or -1),
             torch.float32 if match["f32"] else torch.float16,
             tuple(int(b) for b in serve.split(",")) if serve else (),
         )

@@ -66,6 +66,15 @@ def unpack_bits(words_xJ: Tensor, in_features: int) -> Tensor:
     return ((bytes_x >> shifts) & 1).flatten(-2)[..., :in_features].bool()
 
 
+def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:
+    """Bit-slice codes in [0, 2^bits) into int32 planes ``[bits, out, words]``, highest bit first.
+
+    Plane by plane and in bytes, so that packing takes little more memory than the codes.
+    """
+    codes_OI = codes_OI.to(torch.uint8)
+    return torch.stack([pack_bits((codes_OI >> (bits - 1 - q)) & 1) for q in range(bits)])
+
+
 def plane_scales(scale_QOG: Tensor, planes: int) -> Tensor:
     """Alpha of every plane, ``[planes, out, groups]``, from a free or a uniform scale tensor."""
     if scale_QOG.shape[0] != 1 or planes == 1:
@@ -131,7 +140,12 @@ class BitPlanes:
 
     @classmethod
     def from_uniform(
-        cls, codes_OI: Tensor, step_OG: Tensor, zero_point_OG: Tensor, bits: int, group_size: int,
+        cls,
+        codes_OI: Tensor,
+        step_OG: Tensor,
+        zero_point_OG: Tensor,
+        bits: int,
+        group_size: int,
         dtype: torch.dtype = torch.float16,
     ) -> BitPlanes:
         """Map the grid ``step * (code - zero_point)``, codes in [0, 2^bits), exactly to planes.
@@ -139,12 +153,11 @@ class BitPlanes:
         ``zero_point`` may be fractional. Exact in real arithmetic; ``offset`` is rounded once to
         ``dtype`` (LUT-GEMM, appendix on uniform quantization).
         """
-        shifts = torch.arange(bits - 1, -1, -1, device=codes_OI.device)
-        signs_QOI = (codes_OI.to(torch.int32)[None] >> shifts[:, None, None]) & 1
         step_OG = step_OG.to(torch.float64)
-        scale = step_OG * 2.0 ** (bits - 2)
-        offset = step_OG * ((2**bits - 1) / 2 - zero_point_OG.to(torch.float64))
-        return cls.from_signs(signs_QOI, scale[None].to(dtype), offset.to(dtype), group_size)
+        scale = (step_OG * 2.0 ** (bits - 2)).to(dtype)
+        offset = (step_OG * ((2**bits - 1) / 2 - zero_point_OG.to(torch.float64))).to(dtype)
+        planes = pack_codes(codes_OI, bits)
+        return cls(planes, scale[None], offset, codes_OI.shape[-1], group_size)
 
     def prefix(self, bits: int) -> BitPlanes:
         """The first ``bits`` planes as a lower-precision weight, without copying the planes."""
@@ -156,10 +169,10 @@ class BitPlanes:
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``[out, in]``: the oracle that every kernel is checked against."""
-        signs_QOI = unpack_bits(self.planes, self.in_features).to(dtype) * 2 - 1
         alpha_QOG = plane_scales(self.scale.to(dtype), self.bits)
         weight_OI = expand_groups(self.offset.to(dtype), self.group_size, self.in_features)
-        for sign_OI, alpha_OG in zip(signs_QOI, alpha_QOG, strict=True):
+        for plane_OJ, alpha_OG in zip(self.planes, alpha_QOG, strict=True):
+            sign_OI = unpack_bits(plane_OJ, self.in_features).to(dtype) * 2 - 1
             weight_OI = weight_OI + sign_OI * expand_groups(
                 alpha_OG, self.group_size, self.in_features
             )

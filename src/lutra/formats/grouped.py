@@ -20,7 +20,7 @@ from lutra.formats.bitplanes import (
     BitPlanes,
     expand_groups,
     groups_per_row,
-    pack_bits,
+    pack_codes,
     unpack_bits,
     words_per_row,
 )
@@ -68,14 +68,17 @@ class Grouped:
 
     @classmethod
     def from_codes(
-        cls, codes_OI: Tensor, step_OG: Tensor, zero_point_OG: Tensor, bits: int, group_size: int,
+        cls,
+        codes_OI: Tensor,
+        step_OG: Tensor,
+        zero_point_OG: Tensor,
+        bits: int,
+        group_size: int,
         dtype: torch.dtype = torch.float16,
     ) -> Grouped:
         """Pack codes ``[out, in]`` in [0, 2^bits) with integer zero points."""
-        shifts = torch.arange(bits - 1, -1, -1, device=codes_OI.device)
-        slices_QOI = (codes_OI.to(torch.int32)[None] >> shifts[:, None, None]) & 1
         return cls(
-            pack_bits(slices_QOI > 0),
+            pack_codes(codes_OI, bits),
             step_OG[None].to(dtype),
             zero_point_OG.to(torch.uint8),
             codes_OI.shape[-1],
@@ -84,9 +87,10 @@ class Grouped:
 
     def unpack_codes(self) -> Tensor:
         """Codes ``[out, in]`` as int32."""
-        slices_QOI = unpack_bits(self.codes, self.in_features).to(torch.int32)
-        weights = 2 ** torch.arange(self.bits - 1, -1, -1, device=self.codes.device)
-        return (slices_QOI * weights[:, None, None]).sum(0).to(torch.int32)
+        codes_OI = unpack_bits(self.codes[0], self.in_features).to(torch.int32)
+        for slice_OJ in self.codes[1:]:
+            codes_OI = codes_OI * 2 + unpack_bits(slice_OJ, self.in_features)
+        return codes_OI
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``[out, in]``: the oracle."""

@@ -36,16 +36,26 @@ def _check(x: Tensor, planes: Tensor, in_features: int) -> None:
 
 @torch.library.register_fake("lutra::bitplanes_linear", lib=library)
 def _(
-    x: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None,
-    in_features: int, group_size: int,
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int,
 ) -> Tensor:
     _check(x, planes, in_features)
     return x.new_empty((*x.shape[:-1], planes.shape[1]))
 
 
 def _bitplanes_linear(
-    x: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, bias: Tensor | None,
-    in_features: int, group_size: int,
+    x: Tensor,
+    planes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int,
 ) -> Tensor:
     _check(x, planes, in_features)
     weight = BitPlanes(planes, scale, offset, in_features, group_size).unpack(torch.float32)

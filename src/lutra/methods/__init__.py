@@ -199,9 +199,7 @@ def get_method(name: str) -> Method:
     if name not in available:
         near = get_close_matches(name, available, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise SchemeError(
-            f"unknown method {name!r}.{hint} There are: {', '.join(available)}"
-        )
+        raise SchemeError(f"unknown method {name!r}.{hint} There are: {', '.join(available)}")
     return available[name]
 
 

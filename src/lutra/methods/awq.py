@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from lutra.architectures import FoldSite, expand_scale, fold, reduce_scale
+from lutra.formats.bitplanes import BitPlanes
+from lutra.formats.grouped import Grouped
 from lutra.methods import Block, Result, method
 from lutra.methods.pack import pack
 from lutra.scheme import Format
 from lutra.solvers import ranges
 from lutra.solvers.gptq_loop import Solution, output_error, round_to_nearest
-from lutra.solvers.levels import Levels
+from lutra.solvers.levels import UniformLevels
+from lutra.solvers.parallel import map_layers
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,24 @@ def quantize(block: Block, options: Options) -> Result:
         for target in site.targets:
             input_scale[target] = input_scale[target] * expand_scale(site, shape, best_scale)
         exponents["+".join(site.targets)] = best_exponent
-    packed, errors = {}, {}
-    for path in block.weights:
+
+    def solve(path: str, _: Tensor) -> tuple[BitPlanes | Grouped, float]:
         weight_OI, scale_I = tensors[f"{path}.weight"], input_scale[path]
         hessian_II = block.inputs[path].hessian_II
         importance_I = hessian_II.diagonal() / scale_I.square() if options.clip else None
         solution = _round(weight_OI, block.formats[path], importance_I)
-        packed[path] = pack(solution, block.formats[path])
         # Seen from the input before it was rescaled.
-        errors[path] = output_error(weight_OI / scale_I, solution.decode() / scale_I, hessian_II)
+        error = output_error(weight_OI / scale_I, solution.decode() / scale_I, hessian_II)
+        return pack(solution, block.formats[path]), error
+
+    solved = map_layers(solve, block.weights)
     parameters = {name: tensors[name] for name in folded}
-    return Result(packed, parameters, errors, {"exponents": exponents})
+    return Result(
+        {path: packed for path, (packed, _) in solved.items()},
+        parameters,
+        {path: error for path, (_, error) in solved.items()},
+        {"exponents": exponents},
+    )
 
 
 def _is_there(site: FoldSite, tensors: dict[str, Tensor]) -> bool:
@@ -101,7 +111,7 @@ def _round(weight_OI: Tensor, format: Format, importance_I: Tensor | None) -> So
     group_size = format.group_size_for(weight_OI.shape[1])
     parts = iter(() if importance_I is None else importance_I.split(group_size))
 
-    def find(weight_OS: Tensor, _: Tensor) -> Levels:
+    def find(weight_OS: Tensor, _: Tensor) -> UniformLevels:
         if importance_I is None:
             found = ranges.min_max(weight_OS, format.bits)
         else:

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lutra.formats.bitplanes import BitPlanes
+from lutra.formats.grouped import Grouped
 from lutra.methods import Block, Result, check_choice, method
 from lutra.methods.pack import pack
 from lutra.solvers import ranges
 from lutra.solvers.gptq_loop import quantize_with_feedback
-from lutra.solvers.levels import Levels
+from lutra.solvers.levels import UniformLevels
+from lutra.solvers.parallel import map_layers
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class Options:
 )
 def quantize(block: Block, options: Options) -> Result:
     check_choice("gptq", "clip", options.clip, ("none", "search"))
-    packed = {}
-    for path, weight_OI in block.weights.items():
+
+    def solve(path: str, weight_OI: Tensor) -> BitPlanes | Grouped:
         format = block.formats[path]
 
-        def find(weight_OS: Tensor, importance_S: Tensor, format=format) -> Levels:  # type: ignore[no-untyped-def]
+        def find(weight_OS: Tensor, importance_S: Tensor) -> UniformLevels:
             if options.clip == "search":
                 importance_OS = importance_S.expand_as(weight_OS)
                 found = ranges.search_clip(weight_OS, format.bits, importance_OS)
@@ -60,5 +63,6 @@ def quantize(block: Block, options: Options) -> Result:
             find,
             options.damping,
         )
-        packed[path] = pack(solution, format)
-    return Result(packed)
+        return pack(solution, format)
+
+    return Result(map_layers(solve, block.weights))

@@ -47,6 +47,7 @@ from lutra.solvers.gptq_loop import (
     round_to_nearest,
 )
 from lutra.solvers.levels import FreeLevels, Levels
+from lutra.solvers.parallel import map_layers
 from lutra.solvers.train_block import TrainingOptions, train_block
 
 SOLVERS = ("greedy", "refined", "alternating")
@@ -66,6 +67,8 @@ class Options:
         reconstruct: train on the block's output.
         steps: training steps of each block.
         batch: calibration samples in a step.
+        learning_rate: of the rounding variables, in codes.
+        scale_learning_rate: of scales and offsets, relative to a typical scale of the matrix.
     """
 
     calibrated: bool = True
@@ -76,8 +79,8 @@ class Options:
     reconstruct: bool = False
     steps: int = 200
     batch: int = 8
-    learning_rate: float = 0.005
-    scale_learning_rate: float = 0.0005
+    learning_rate: float = 0.01
+    scale_learning_rate: float = 0.001
 
 
 def _needs(options: Options) -> frozenset[str]:
@@ -98,27 +101,20 @@ def _needs(options: Options) -> frozenset[str]:
 )
 def quantize(block: Block, options: Options) -> Result:
     check_choice("lut-gemm", "solver", options.solver, SOLVERS)
-    solutions: dict[str, Solution] = {}
-    served: dict[str, dict[int, Solution]] = {}
-    for path, weight_OI in block.weights.items():
-        format = block.formats[path]
-        ladder = [*format.serve_bits, format.bits]
-        statistics = block.inputs.get(path) if options.calibrated else None
-        target_OI = weight_OI
-        if statistics is not None and options.follow_original:
-            target_OI = shifted_target(weight_OI, statistics, options.damping)
-        hessian_II = None if statistics is None else statistics.hessian_II
-        solution = _solve(target_OI, hessian_II, format, ladder[0], options)
-        for bits in range(ladder[0] + 1, format.bits + 1):
-            if bits - 1 in ladder:
-                served.setdefault(path, {})[bits - 1] = solution
-            matrix_II = torch.eye(weight_OI.shape[1]) if hessian_II is None else hessian_II
-            solution = add_plane(target_OI, damped(matrix_II, options.damping), solution)
-        solutions[path] = solution
+
+    def solve(path: str, weight_OI: Tensor) -> dict[int, Solution]:
+        return _ladder(weight_OI, block.inputs.get(path), block.formats[path], options)
+
+    ladders = map_layers(solve, block.weights)
+    solutions = {path: ladder.pop(max(ladder)) for path, ladder in ladders.items()}
+    served = {path: ladder for path, ladder in ladders.items() if ladder}
     notes: dict[str, Any] = {}
     if options.reconstruct and block.runner is not None:
         training = TrainingOptions(
-            options.steps, options.batch, options.learning_rate, options.scale_learning_rate,
+            options.steps,
+            options.batch,
+            options.learning_rate,
+            options.scale_learning_rate,
             block.seed,
         )
         # Planes shared by several precisions stay; then only scales and offsets are trained.
@@ -137,6 +133,29 @@ def quantize(block: Block, options: Options) -> Result:
             solution = sorted_planes(solution)
         packed[path] = pack(solution, block.formats[path], served.get(path))
     return Result(packed, notes=notes)
+
+
+def _ladder(
+    weight_OI: Tensor, statistics: InputStatistics | None, format: Format, options: Options
+) -> dict[int, Solution]:
+    """Solutions by width: the full one, and those of ``serve_bits``, whose planes it begins with."""
+    hessian_II = None
+    if options.calibrated and statistics is not None:
+        hessian_II = statistics.hessian_II
+        if options.follow_original:
+            weight_OI = shifted_target(weight_OI, statistics, options.damping)
+    wanted = (*format.serve_bits, format.bits)
+    solution = _solve(weight_OI, hessian_II, format, min(wanted), options)
+    ladder = {min(wanted): solution}
+    if len(wanted) > 1:
+        inputs = weight_OI.shape[1]
+        matrix_II = torch.eye(inputs) if hessian_II is None else hessian_II
+        matrix_II = damped(matrix_II.to(weight_OI), options.damping)
+        for bits in range(min(wanted) + 1, format.bits + 1):
+            solution = add_plane(weight_OI, matrix_II, solution)
+            if bits in wanted:
+                ladder[bits] = solution
+    return ladder
 
 
 def shifted_target(weight_OI: Tensor, statistics: InputStatistics, damping: float) -> Tensor:

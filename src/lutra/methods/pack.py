@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lutra.formats.bitplanes import BitPlanes
+from lutra.formats.bitplanes import BitPlanes, pack_codes
 from lutra.formats.grouped import Grouped
 from lutra.methods import scale_dtype
 from lutra.scheme import Format
@@ -45,15 +45,15 @@ def pack(
             codes_OI, step_OG, zero_OG, format.bits, solution.group_size, dtype
         )
     dtype = scale_dtype(scale, offset)
-    shifts = torch.arange(format.bits - 1, -1, -1, device=scale.device)
-    signs_QOI = (solution.codes_OI[None] >> shifts[:, None, None]) & 1
-    packed = BitPlanes.from_signs(
-        signs_QOI, scale.to(dtype), offset.to(dtype), solution.group_size
-    )
+    packed = BitPlanes(
+        pack_codes(solution.codes_OI, format.bits), scale.to(dtype), offset.to(dtype),
+        solution.codes_OI.shape[1], solution.group_size,
+    )  # fmt: skip
     for bits, lower in sorted((served or {}).items()):
         lower_scale, lower_offset = stored_scales(lower)
         packed.served = {
-            **(packed.served or {}), bits: (lower_scale.to(dtype), lower_offset.to(dtype))
+            **(packed.served or {}),
+            bits: (lower_scale.to(dtype), lower_offset.to(dtype)),
         }
     return packed
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lutra.formats.bitplanes import BitPlanes
+from lutra.formats.grouped import Grouped
 from lutra.methods import Block, Result, check_choice, method
 from lutra.methods.pack import pack
 from lutra.solvers import ranges
 from lutra.solvers.gptq_loop import round_to_nearest
-from lutra.solvers.levels import Levels
+from lutra.solvers.levels import UniformLevels
+from lutra.solvers.parallel import map_layers
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,16 @@ class Options:
 @method("rtn", paper="round to nearest (baseline)", options=Options)
 def quantize(block: Block, options: Options) -> Result:
     check_choice("rtn", "clip", options.clip, ("none", "search"))
-    packed = {}
-    for path, weight_OI in block.weights.items():
+
+    def solve(path: str, weight_OI: Tensor) -> BitPlanes | Grouped:
         format = block.formats[path]
 
-        def find(weight_OS: Tensor, _: Tensor, format=format) -> Levels:  # type: ignore[no-untyped-def]
+        def find(weight_OS: Tensor, _: Tensor) -> UniformLevels:
             search = options.clip == "search"
             found = (ranges.search_clip if search else ranges.min_max)(weight_OS, format.bits)
             return ranges.with_integer_zero(found) if format.kind == "int" else found
 
         solution = round_to_nearest(weight_OI, format.group_size_for(weight_OI.shape[1]), find)
-        packed[path] = pack(solution, format)
-    return Result(packed)
+        return pack(solution, format)
+
+    return Result(map_layers(solve, block.weights))

@@ -210,9 +210,7 @@ class StreamedModel:
         output = self.blocks[index](hidden_NTD, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def call_block(
-        self, index: int, parameters: dict[str, Tensor], hidden_NTD: Tensor
-    ) -> Tensor:
+    def call_block(self, index: int, parameters: dict[str, Tensor], hidden_NTD: Tensor) -> Tensor:
         """As :meth:`run_block`, with some parameters replaced; differentiable in them."""
         args, kwargs = self._arguments(index, len(hidden_NTD))
         output = torch.func.functional_call(

@@ -88,8 +88,7 @@ class Recipe:
         kind = self.kind or method.formats[0]
         if kind not in method.formats:
             raise SchemeError(
-                f"method {method.name} writes the formats {', '.join(method.formats)}, "
-                f"not {kind!r}"
+                f"method {method.name} writes the formats {', '.join(method.formats)}, not {kind!r}"
             )
         return Format(kind, bits, self.group_size, serve_bits=serve_bits)
 
@@ -494,9 +493,7 @@ class _Walk:
         result = self.method.quantize(block, self.options)
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {"layers": [], "exceptions": {}}
-        self._add_layer(
-            self.head, f"{self.head}.weight", "head", block, result, tensors, meta
-        )
+        self._add_layer(self.head, f"{self.head}.weight", "head", block, result, tensors, meta)
         return result.weights["head"].unpack().cpu(), tensors, meta
 
     def _cost(
@@ -515,7 +512,9 @@ class _Walk:
         for sample in range(min(TRACKED_SAMPLES, len(self.calibration.ids_NT))):
             targets = self.calibration.ids_NT[sample, 1:].to(self.device)
             logp = {
-                k: torch.nn.functional.linear(hidden[k][sample, :-1].float(), w, bias).log_softmax(-1)
+                k: torch.nn.functional.linear(hidden[k][sample, :-1].float(), w, bias).log_softmax(
+                    -1
+                )
                 for k, w in heads.items()
             }
             for k, value in logp.items():
@@ -557,7 +556,7 @@ class _Walk:
         }  # fmt: skip
 
     def _config(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        rules: list[tuple[str, Format | None]] = list(sorted(self.exceptions.items()))
+        rules: list[tuple[str, Format | None]] = sorted(self.exceptions.items())
         if self.head not in self.exceptions:
             rules.append((self.head, self.head_format))
         rules.append((f"{self.architecture.blocks}.*", self.block_format))

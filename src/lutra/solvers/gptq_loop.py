@@ -83,7 +83,7 @@ def round_to_nearest(weight_OI: Tensor, group_size: int, find_levels: FindLevels
     codes, levels = [], []
     for part_OS in weight_OI.split(group_size, dim=1):
         found = find_levels(part_OS, torch.ones_like(part_OS[0]))
-        codes.append(found.encode(part_OS))
+        codes.append(found.nearest(part_OS)[0])
         levels.append(found)
     return Solution(torch.cat(codes, dim=1), levels, group_size)
 
@@ -104,22 +104,20 @@ def quantize_with_feedback(
         damping: fraction of the mean diagonal added to H.
     """
     upper_II = inverse_cholesky(damped(hessian_II, damping))
-    weight_OI = weight_OI.clone()
-    in_features = weight_OI.shape[1]
+    # Columns are rows here, so that each step works on contiguous memory.
+    weight_IO = weight_OI.t().contiguous()
     codes, levels = [], []
-    for start in range(0, in_features, group_size):
-        stop = min(start + group_size, in_features)
-        block_OS, upper_SS = weight_OI[:, start:stop], upper_II[start:stop, start:stop]
-        found = find_levels(block_OS.clone(), upper_SS.diagonal().reciprocal().square())
-        error_OS = torch.empty_like(block_OS)
+    for start in range(0, len(weight_IO), group_size):
+        stop = min(start + group_size, len(weight_IO))
+        block_SO, upper_SS = weight_IO[start:stop], upper_II[start:stop, start:stop]
+        found = find_levels(block_SO.t().contiguous(), upper_SS.diagonal().reciprocal().square())
+        error_SO = torch.empty_like(block_SO)
         for j in range(stop - start):
-            column_O1 = block_OS[:, j : j + 1]
-            code_O1 = found.encode(column_O1)
-            error_O1 = (column_O1 - found.decode(code_O1)) / upper_SS[j, j]
-            block_OS[:, j + 1 :] -= error_O1 * upper_SS[j, j + 1 :]
-            error_OS[:, j : j + 1] = error_O1
+            code_O1, value_O1 = found.nearest(block_SO[j][:, None])
+            error_SO[j] = (block_SO[j] - value_O1[:, 0]) / upper_SS[j, j]
+            block_SO[j + 1 :] -= torch.outer(upper_SS[j, j + 1 :], error_SO[j])
             codes.append(code_O1)
-        weight_OI[:, stop:] -= error_OS @ upper_II[start:stop, stop:]
+        weight_IO[stop:] -= upper_II[start:stop, stop:].t() @ error_SO
         levels.append(found)
     return Solution(torch.cat(codes, dim=1), levels, group_size)
 
@@ -197,30 +195,30 @@ def descend_codes(
     Args:
         parents_OI: codes of all planes but the last, which then stay; only the last plane is free.
     """
-    quantized_OI = solution.decode()
-    gradient_OI = (weight_OI - quantized_OI) @ hessian_II
-    codes_OI = solution.codes_OI.clone()
+    quantized_IO = solution.decode().t().contiguous()
+    gradient_IO = hessian_II @ (weight_OI.t() - quantized_IO)
+    codes = []
     for g, found in enumerate(solution.levels):
         start = g * solution.group_size
-        stop = min(start + solution.group_size, weight_OI.shape[1])
+        stop = min(start + solution.group_size, len(quantized_IO))
         hessian_SS = hessian_II[start:stop, start:stop]
-        gradient_OS = gradient_OI[:, start:stop].clone()
-        change_OS = torch.empty_like(gradient_OS)
+        gradient_SO = gradient_IO[start:stop].clone()
+        change_SO = torch.empty_like(gradient_SO)
         for j in range(stop - start):
-            current_O1 = quantized_OI[:, start + j : start + j + 1]
-            target_O1 = current_O1 + gradient_OS[:, j : j + 1] / hessian_SS[j, j]
+            current_O = quantized_IO[start + j]
+            target_O1 = (current_O + gradient_SO[j] / hessian_SS[j, j])[:, None]
             if parents_OI is None:
-                code_O1 = found.encode(target_O1)
+                code_O1, value_O1 = found.nearest(target_O1)
             else:
-                parent_O1 = parents_OI[:, start + j : start + j + 1]
-                code_O1 = nearer_child(found, target_O1, parent_O1)
-            change_O1 = found.decode(code_O1) - current_O1
-            gradient_OS -= change_O1 * hessian_SS[j]
-            codes_OI[:, start + j : start + j + 1] = code_O1
-            change_OS[:, j : j + 1] = change_O1
-        quantized_OI[:, start:stop] += change_OS
-        gradient_OI -= change_OS @ hessian_II[start:stop]
-    return Solution(codes_OI, solution.levels, solution.group_size)
+                code_O1 = nearer_child(found, target_O1, parents_OI[:, start + j, None])
+                value_O1 = found.decode(code_O1)
+            torch.sub(value_O1[:, 0], current_O, out=change_SO[j])
+            # Only columns still to come read the gradient again.
+            gradient_SO[j + 1 :] -= torch.outer(hessian_SS[j, j + 1 :], change_SO[j])
+            codes.append(code_O1)
+        quantized_IO[start:stop] += change_SO
+        gradient_IO -= hessian_II[:, start:stop] @ change_SO
+    return Solution(torch.cat(codes, dim=1), solution.levels, solution.group_size)
 
 
 def nearer_child(levels: Levels, weight_NS: Tensor, parents_NS: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The values that a group of weights may take: equally spaced, or sums of signed scales.
 
-Both kinds answer the same three questions (which code is nearest, what is a code worth, which
-tensors are stored), so that GPTQ, AWQ, clipping and coordinate descent are written once.
+Both kinds answer the same questions (which code is nearest, what is a code worth), so that GPTQ,
+AWQ, clipping and coordinate descent are written once. They are asked once per column of a matrix,
+so what does not depend on the weights is computed once.
 
-Shape suffixes: N groups (any batch of rows), S inputs, Q planes.
+Shape suffixes: N groups (any batch of rows), S inputs, Q planes, L levels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -20,8 +22,10 @@ from lutra.solvers import bcq
 class Levels(Protocol):
     """Levels of a batch of groups."""
 
-    def encode(self, weight_NS: Tensor) -> Tensor:
-        """Code of the nearest level, ``[N, S]`` in [0, 2^bits)."""
+    offset_N: Tensor
+
+    def nearest(self, weight_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """Code of the nearest level, int64 ``[N, S]`` in [0, 2^bits), and that level's value."""
 
     def decode(self, codes_NS: Tensor) -> Tensor:
         """Value of each code, ``[N, S]``."""
@@ -45,10 +49,15 @@ class UniformLevels:
     def center(self) -> float:
         return (2**self.bits - 1) / 2
 
-    def encode(self, weight_NS: Tensor) -> Tensor:
-        step_N1 = torch.where(self.step_N == 0, 1.0, self.step_N)[:, None]
-        position = (weight_NS - self.offset_N[:, None]) / step_N1 + self.center
-        return position.round().clamp_(0, 2**self.bits - 1).to(torch.int64)
+    @cached_property
+    def _divisor_N1(self) -> Tensor:
+        return torch.where(self.step_N == 0, 1.0, self.step_N)[:, None]
+
+    def nearest(self, weight_NS: Tensor) -> tuple[Tensor, Tensor]:
+        position_NS = (weight_NS - self.offset_N[:, None]) / self._divisor_N1
+        position_NS = position_NS.add_(self.center).round_().clamp_(0, 2**self.bits - 1)
+        value_NS = (position_NS - self.center).mul_(self.step_N[:, None])
+        return position_NS.to(torch.int64), value_NS.add_(self.offset_N[:, None])
 
     def decode(self, codes_NS: Tensor) -> Tensor:
         centered = codes_NS.to(self.step_N.dtype) - self.center
@@ -67,8 +76,16 @@ class FreeLevels:
     alpha_NQ: Tensor
     offset_N: Tensor
 
-    def encode(self, weight_NS: Tensor) -> Tensor:
-        return bcq.nearest_codes(weight_NS, self.alpha_NQ, self.offset_N)
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sorted levels ``[N, L]``, the code of each, and the midpoints between neighbours."""
+        sorted_NL, code_NL = bcq.levels_of(self.alpha_NQ, self.offset_N).sort(dim=-1)
+        return sorted_NL, code_NL, ((sorted_NL[:, 1:] + sorted_NL[:, :-1]) / 2).contiguous()
+
+    def nearest(self, weight_NS: Tensor) -> tuple[Tensor, Tensor]:
+        sorted_NL, code_NL, midpoint_NL = self._table
+        rank_NS = torch.searchsorted(midpoint_NL, weight_NS.contiguous())
+        return code_NL.gather(-1, rank_NS), sorted_NL.gather(-1, rank_NS)
 
     def decode(self, codes_NS: Tensor) -> Tensor:
         return bcq.levels_of(self.alpha_NQ, self.offset_N).gather(-1, codes_NS)

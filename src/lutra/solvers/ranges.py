@@ -59,7 +59,7 @@ def search_clip(
     best_loss_N = torch.full_like(weight_NS[:, 0], torch.inf)
     for shrink in torch.linspace(1.0, smallest, steps).tolist():
         levels = min_max(weight_NS, bits, shrink)
-        error_NS = levels.decode(levels.encode(weight_NS)) - weight_NS
+        error_NS = levels.nearest(weight_NS)[1] - weight_NS
         loss_N = (importance_NS * error_NS.square()).sum(-1)
         better_N = loss_N < best_loss_N
         best_loss_N = torch.where(better_N, loss_N, best_loss_N)
