@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,12 @@ def test_task_errors(tmp_path: Path, folder: Path) -> None:
     path.write_text("\n")
     with pytest.raises(CalibrationError, match="no rows"):
         read_task("bad", path)
+
+
+def test_without_the_harness(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ResourceError, match=r'pip install "lutra\[eval\]"'):
+        evaluate(folder, tasks=["quiz"], tasks_dir=make_tasks(tmp_path / "data"))
 
 
 def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:

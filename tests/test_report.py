@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,12 @@ def test_source_facts(tmp_path: Path) -> None:
     config = json.loads((src / "config.json").read_text())
     (src / "config.json").write_text(json.dumps(config | {"_name_or_path": "pond/otter-7b"}))
     assert source_facts(src)["hub_id"] == "pond/otter-7b"
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ResourceError, match=r'pip install "lutra\[report\]"'):
+        write_report(make_rows(), tmp_path / "page.html")
 
 
 def test_numbers() -> None:

@@ -192,8 +192,8 @@ def evaluate(
         from lutra.evaluate.tasks import load_tasks
         from lutra.integrations.lm_eval import require_lm_eval
 
-        require_lm_eval()
         prepared = load_tasks(tasks, None if tasks_dir is None else Path(tasks_dir), limit)
+        require_lm_eval()
     original = None
     if against is not None:
         original = open_checkpoint(against)

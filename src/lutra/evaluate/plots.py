@@ -271,9 +271,10 @@ def _log_axis(axes: Any, low: float, high: float) -> None:
 def _legend(axes: Any, entries: int) -> None:
     if entries < 2 and not axes.get_legend_handles_labels()[1]:
         return
+    columns = entries if entries <= 4 else 3
     legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=entries if entries <= 4 else 3, frameon=False,
-        fontsize=9, borderaxespad=0, columnspacing=1.4, handletextpad=0.5,
+        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=columns, frameon=False, fontsize=9,
+        borderaxespad=0, columnspacing=1.4, handletextpad=0.5,
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_color(_INK)
