@@ -69,6 +69,26 @@ def choose_dtype(asked: str | None, parameters: int, device: str) -> tuple[torch
     return "auto", f"the checkpoint's own above {FLOAT32_PARAMETERS:,} parameters"
 
 
+def load_config(checkpoint: SourceCheckpoint) -> Any:
+    """The model's configuration, through transformers.
+
+    Raises:
+        CheckpointError: transformers does not know this kind of model, or the file is damaged.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} can not be used: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def load_model(
     checkpoint: SourceCheckpoint, device: str = "cpu", dtype: torch.dtype | str = "auto"
 ) -> Any:
@@ -93,8 +113,9 @@ def load_model(
             "Use a 16-bit dtype, another device, or a smaller model."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{checkpoint.path} can not be loaded: {first_line}") from error
+        raise CheckpointError(
+            f"{checkpoint.path} can not be loaded: {_first_line(error)}"
+        ) from error
     finally:
         logging.enable_progress_bar()
 
@@ -110,9 +131,8 @@ def load_tokenizer(checkpoint: SourceCheckpoint) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions here
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{checkpoint.path} has no tokenizer that can be read ({first_line}). "
+            f"{checkpoint.path} has no tokenizer that can be read ({_first_line(error)}). "
             "Copy tokenizer.json and tokenizer_config.json of the original model into it."
         ) from error
     if len(tokenizer) == 0:

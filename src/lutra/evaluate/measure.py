@@ -15,7 +15,13 @@ from torch import Tensor
 
 from lutra.errors import CalibrationError, CheckpointError, SchemeError
 from lutra.evaluate.divergence import divergence, quantile
-from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint
+from lutra.evaluate.load import (
+    choose_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+)
 from lutra.evaluate.perplexity import (
     JOINS,
     Windows,
@@ -198,18 +204,18 @@ def evaluate(
     if against is not None:
         original = open_checkpoint(against)
         _same_tokens(tokenizer, load_tokenizer(original), original.path)
-    model = load_model(checkpoint, device, torch_dtype)
+    windows = None
     if text is not None:
-        positions = positions_of(model.config)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        windows = cut_windows(
-            Path(text), tokenizer, vocab_size, choose_seq_len(seq_len, positions),
-            max_windows, join,
-        )  # fmt: skip
+        config = load_config(checkpoint)
+        seq_len = choose_seq_len(seq_len, positions_of(config))
+        vocab_size = config.get_text_config().vocab_size
+        windows = cut_windows(Path(text), tokenizer, vocab_size, seq_len, max_windows, join)
+        window_batch = batch_size or default_batch_size(seq_len, vocab_size)
+    model = load_model(checkpoint, device, torch_dtype)
+    if windows is not None:
         reference = None if original is None else load_model(original, device, torch_dtype)
         comparison = compare(
-            model, windows, reference, progress=progress,
-            batch_size=batch_size or default_batch_size(windows.seq_len, vocab_size),
+            model, windows, reference, batch_size=window_batch, progress=progress,
             names=(str(checkpoint.path), str(original.path if original else "the original")),
         )  # fmt: skip
         del reference
@@ -230,11 +236,9 @@ def evaluate(
         from lutra.evaluate.tasks import run_tasks
 
         result["tasks"] = run_tasks(model, tokenizer, prepared, batch_size or 1)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    embedding = model.get_input_embeddings().weight.dtype
     result |= {
         "device": device_name(device),
-        "dtype": str(embedding if embedding in dtypes else torch_dtype).removeprefix("torch."),
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         "dtype_reason": reason,
         "versions": versions(),
         "seconds": time.perf_counter() - started,
