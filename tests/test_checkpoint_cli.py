@@ -221,6 +221,16 @@ def test_full_disk_and_then_room(monkeypatch, capsys, fails, source, tmp_path):
     assert not (tmp_path / ".out.lutra-partial").exists()
 
 
+def test_too_little_memory(monkeypatch, fails, source, tmp_path):
+    from lutra.runner import walk
+
+    def too_large(*_, **__):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(walk, "quantization_config", too_large)
+    fails(*_rtn(source, tmp_path), words=("out of memory", "lutra plan"), kept=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

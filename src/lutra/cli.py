@@ -1,7 +1,7 @@
 """The command line: verbs, their options, and how results and errors are shown.
 
-Each verb imports what it needs when it runs. With ``--json`` exactly one JSON object goes to standard
-output; tables, progress and messages go to standard error.
+Each verb imports what it needs when it runs. With ``--json`` exactly one JSON value goes to
+standard output; tables, progress and messages go to standard error.
 """
 
 from __future__ import annotations
@@ -48,6 +48,19 @@ def main() -> None:
     except KeyboardInterrupt:
         _say("interrupted")
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for GPUs alone; on CPU only the text tells.
+        text = str(error)
+        if isinstance(error, RuntimeError) and not (
+            "allocate memory" in text or "out of memory" in text
+        ):
+            raise
+        _say(
+            f"[bold red]error:[/] out of memory ({_escape(text.splitlines()[0] if text else '')}). "
+            "Finished blocks are kept: run the same command again with more memory, or less to do "
+            "(see `lutra plan`; --samples and --seq-len make it smaller)."
+        )
+        sys.exit(1)
 
 
 # ---- verbs
@@ -82,7 +95,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Choice of windows, order of training.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Quantize a checkpoint into a new folder. The same command again resumes an interrupted run."""
+    """Quantize a checkpoint into a new folder; the same command again resumes it."""
     from lutra.api import quantize as run
     from lutra.scheme import options_from_strings
 
