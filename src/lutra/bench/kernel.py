@@ -1,0 +1,52 @@
+"""``lutra bench kernel``: one product on one device, beside dense and the installed peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lutra.errors import KernelError
+
+
+def run(
+    device: str = "cpu",
+    shapes: Sequence[tuple[int, int]] = ((4096, 4096),),
+    batches: Sequence[int] = (1,),
+    bits: Sequence[int] = (1, 2, 3, 4),
+    group_sizes: Sequence[int] = (128,),
+    threads: int = 1,
+    peers: str | Sequence[str] = "all",
+) -> dict[str, Any]:
+    """Measure the kernels of ``device``.
+
+    Args:
+        device: ``cpu``, or a CUDA device (``cuda``, ``cuda:1``).
+        shapes: ``(out_features, in_features)``.
+        batches: rows of activations.
+        bits: planes of our weights.
+        group_sizes: inputs per group; -1 for one group per row.
+        threads: CPU threads (CPU only).
+        peers: ``all``, ``none`` or names of other implementations.
+
+    Returns:
+        ``read_limit_gbps`` and ``rows``, each with ``implementation, shape, batch, bits, group, us,
+        gbps, speedup_vs_dense, relative_error``.
+
+    Raises:
+        KernelError: a device that there is no bench for.
+    """
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        from lutra.bench import cpu
+
+        return cpu.run(shapes, batches, bits, group_sizes, threads, peers)
+    if kind == "cuda":
+        import torch
+
+        from lutra.bench import cuda
+
+        names = peers.split(",") if isinstance(peers, str) else list(peers)
+        wanted = True if "all" in names else [n for n in names if n and n != "none"]
+        with torch.cuda.device(device):
+            return cuda.run(shapes, batches, bits, group_sizes, wanted)
+    raise KernelError(f"no kernel bench for device {device!r}; there are cpu and cuda")
