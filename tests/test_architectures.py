@@ -267,6 +267,20 @@ def test_every_family_is_quantized_and_loads(tmp_path, variant):
         assert _relative_error(model, out) < 0.03
 
 
+def test_head_that_is_tied_and_stored_all_the_same(tmp_path):
+    model = _model("llama-tied-bias")
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    for head in (0, 8):
+        out = tmp_path / f"head{head}"
+        quantize_checkpoint(tmp_path / "source", out, Recipe("rtn", 8, 32, lm_head_bits=head))
+        planned = plan(tmp_path / "source", "rtn", 8, 32, lm_head_bits=head)
+        assert SourceCheckpoint.open(out, quantized=True).total_bytes() == planned["output_bytes"]
+        assert _relative_error(model, out) < 0.03
+
+
 def _as_on_the_hub(variant: str) -> tuple[tuple[str, str], dict[str, torch.Tensor]]:
     """How old checkpoints of a family look: prefix taken off, masks and frequencies left in."""
     names = {

@@ -170,6 +170,10 @@ def test_heads(tmp_path):
         _folder(tmp_path / "tied", tensors, {**CONFIG, "tie_word_embeddings": True})
     )
     assert tied.resolve("lm_head.weight") == "model.embed_tokens.weight" and tied.tied_head
+    both = SourceCheckpoint.open(
+        _folder(tmp_path / "both", config={**CONFIG, "tie_word_embeddings": True})
+    )
+    assert both.resolve("lm_head.weight") == "lm_head.weight" and not both.tied_head
 
 
 def test_buffers_of_old_transformers_are_no_weights(tmp_path):

@@ -204,16 +204,14 @@ class SourceCheckpoint:
 
     @property
     def tied_head(self) -> bool:
-        """Whether the head shares the embedding's weight.
+        """Whether the file has no head of its own, so that the embedding serves as head.
 
-        Where ``config.json`` says nothing, families differ; then the file decides: a checkpoint
-        without a head can only be tied.
+        A file that holds both is not tied, whatever ``config.json`` says. Where the config says
+        nothing, families differ; then a checkpoint without a head can only be tied.
         """
-        tie = self.config.get("tie_word_embeddings")
-        if tie is not None:
-            return bool(tie)
-        has_head = any(c in self for head in _HEADS for c in _spellings(head))
-        return not has_head and self._embedding() is not None
+        if any(c in self for head in _HEADS for c in _spellings(head)):
+            return False
+        return bool(self.config.get("tie_word_embeddings", True)) and self._embedding() is not None
 
     def _embedding(self) -> str | None:
         found = (c for name in _EMBEDDINGS for c in _spellings(name) if c in self)
@@ -483,7 +481,7 @@ def _is_side_file(name: str) -> bool:
     lower = name.lower()
     if lower == "config.json" or lower.startswith(("readme", ".")):
         return False
-    if lower.endswith(".index.json"):
+    if ".index." in lower:
         return False
     return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(_SIDE_STEMS)
 
