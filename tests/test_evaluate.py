@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,21 @@ def test_size_of_a_dense_model(folder: Path, tmp_path: Path) -> None:
     assert (size.layers, size.bits_per_weight, size.bits_per_parameter) == ((), 16, 16)
     with pytest.raises(CheckpointError):
         measure_size(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_size_without_recorded_shapes(tiny_model: Callable[..., Path], family: str) -> None:
+    """Inputs come from the model's skeleton: of GPT-2's transposed layers, of nested names."""
+    from lutra.api import quantize
+
+    src = tiny_model(family)
+    dst = src.with_name("packed")
+    quantize(src, dst, method="rtn", bits=3, group_size=32)
+    recorded = measure_size(dst)
+    (dst / "lutra_report.json").unlink()
+    assert measure_size(dst) == recorded
+    assert recorded.parameters == measure_size(src).parameters
+    assert recorded.bits_per_weight == pytest.approx(3 + 2 * 16 / 32)
 
 
 # ---- tasks
