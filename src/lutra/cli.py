@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,7 @@ Dtype = Annotated[
 
 def main() -> None:
     """Entry point of ``lutra``: errors of the user's input become one message and exit status 1."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment,misc]
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lutra").setLevel(logging.INFO)
     try:
@@ -456,7 +456,7 @@ def _print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on standard output: it is the result of the command."""
     from rich.console import Console
     from rich.table import Table

@@ -71,7 +71,7 @@ def inspect_checkpoint(
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """All methods: ``name``, ``paper``, ``scope``, ``needs``, ``formats``, ``options``, ``about``."""
+    """All methods: name, paper, scope, needs, formats, options with defaults, and a sentence."""
     listed = []
     for method in methods().values():
         defaults = {f.name: f.default for f in fields(method.options)}

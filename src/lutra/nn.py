@@ -60,10 +60,10 @@ class QuantizedLinear(nn.Module):
             self.weight_offset = parameter((out_features, groups), scale_dtype)
         for bits in format.serve_bits:
             served = bits if format.kind == "bcq" else 1
-            shape = (served, out_features, groups)
-            self.register_parameter(f"weight_scale_{bits}bit", parameter(shape, scale_dtype))
-            shape = (out_features, groups)
-            self.register_parameter(f"weight_offset_{bits}bit", parameter(shape, scale_dtype))
+            scale = parameter((served, out_features, groups), scale_dtype)
+            self.register_parameter(f"weight_scale_{bits}bit", scale)
+            offset = parameter((out_features, groups), scale_dtype)
+            self.register_parameter(f"weight_offset_{bits}bit", offset)
         self.bias = parameter((out_features,), dtype) if bias else None
         self._stored_names = [n for n in self._parameters if n.startswith("weight")]
         self._choice: Choice | None = None

@@ -99,15 +99,17 @@ class LutraQuantizer(HfQuantizer):
 
 def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear:
     """An empty packed layer of the shape of a dense one (nn.Linear or GPT-2's Conv1D), on meta."""
-    weight = module.weight
-    out_features, in_features = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]  # type: ignore[union-attr,misc]
+    weight = module.get_parameter("weight")
+    out_features, in_features = weight.shape
+    if not isinstance(module, nn.Linear):
+        out_features, in_features = in_features, out_features
     with torch.device("meta"):
         return QuantizedLinear(
-            int(in_features),
-            int(out_features),
+            in_features,
+            out_features,
             format,
             bias=module.bias is not None,
-            dtype=weight.dtype,  # type: ignore[arg-type]
+            dtype=weight.dtype,
         )
 
 

@@ -106,7 +106,7 @@ def choose(spec: LinearSpec) -> Choice:
                 return Choice(kernel, f"forced by LUTRA_KERNEL={forced}")
         names = ", ".join(k.name for k in kernels())
         raise KernelError(f"LUTRA_KERNEL={forced}: no such kernel; there are {names}")
-    passed_over = []
+    passed_over: list[str] = []
     for kernel in kernels():
         refusal = kernel.supports(spec)
         if refusal is None:

@@ -3,17 +3,17 @@
 Park et al.: "LUT-GEMM: Quantized Matrix Multiplication based on LUTs for Efficient Inference in
 Large-Scale Generative Language Models" (ICLR 2024, arXiv 2206.09557). The format is the paper's
 extended binary coding (section 3): ``w = sum_q alpha_q b_q + z``. With the format ``bcq`` the
-scales are free; with ``ubcq`` they halve from plane to plane, which is a uniform grid and stores one
-scale per group instead of one per plane.
+scales are free; with ``ubcq`` they halve from plane to plane, which is a uniform grid and stores
+one scale per group instead of one per plane.
 
 Three ways to fill it:
 
 - *weight only* (``calibrated=false``): greedy, refined or alternating solver on the weights alone,
   which is the paper's own method.
 - *calibrated* (default): levels of a group from the alternating solver (``bcq``) or a clip search
-  (``ubcq``) weighted with 1 / U_jj^2, error feedback to the columns not yet quantized (GPTQ's loop),
-  then rounds of exact coordinate descent on the codes and least squares for all scales of a row
-  under the whole Hessian (`lutra.solvers.gptq_loop.descend`).
+  (``ubcq``) weighted with 1 / U_jj^2, error feedback to the columns not yet quantized (GPTQ's
+  loop), then rounds of exact coordinate descent on the codes and least squares for all scales of a
+  row under the whole Hessian (`lutra.solvers.gptq_loop.descend`).
 - *reconstructed* (``reconstruct=true``): from there, scales, offsets and, through a rounding
   variable, the signs are trained on the output of the whole block
   (`lutra.solvers.train_block`).
@@ -138,7 +138,7 @@ def quantize(block: Block, options: Options) -> Result:
 def _ladder(
     weight_OI: Tensor, statistics: InputStatistics | None, format: Format, options: Options
 ) -> dict[int, Solution]:
-    """Solutions by width: the full one, and those of ``serve_bits``, whose planes it begins with."""
+    """Solutions by width: the full one, and those of ``serve_bits``, which share its planes."""
     hessian_II = None
     if options.calibrated and statistics is not None:
         hessian_II = statistics.hessian_II

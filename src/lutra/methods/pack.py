@@ -12,7 +12,7 @@ from lutra.formats.grouped import Grouped
 from lutra.methods import scale_dtype
 from lutra.scheme import Format
 from lutra.solvers.gptq_loop import Solution
-from lutra.solvers.levels import FreeLevels, UniformLevels
+from lutra.solvers.levels import FreeLevels, Levels, UniformLevels
 
 
 def pack(
@@ -31,18 +31,9 @@ def pack(
         step_OG = scale[0] / 2.0 ** (format.bits - 2)
         safe_OG = torch.where(step_OG == 0, 1.0, step_OG)
         zero_OG = (levels[0].center - offset / safe_OG).round().clamp(0, 2**format.bits - 1)
-        codes_OI = solution.codes_OI
-        # A constant group has step 0 and its value in the offset; the integer grid says the same
-        # with a step of that value and codes one away from the zero point.
-        constant_OG = (step_OG == 0) & (offset != 0)
-        if constant_OG.any():
-            step_OG = torch.where(constant_OG, offset, step_OG)
-            zero_OG = torch.where(constant_OG, 0.0, zero_OG)
-            constant_OI = constant_OG.repeat_interleave(solution.group_size, dim=1)
-            codes_OI = torch.where(constant_OI[:, : codes_OI.shape[1]], 1, codes_OI)
         dtype = scale_dtype(step_OG)
         return Grouped.from_codes(
-            codes_OI, step_OG, zero_OG, format.bits, solution.group_size, dtype
+            solution.codes_OI, step_OG, zero_OG, format.bits, solution.group_size, dtype
         )
     dtype = scale_dtype(scale, offset)
     packed = BitPlanes(
@@ -61,12 +52,12 @@ def pack(
 def stored_scales(solution: Solution) -> tuple[Tensor, Tensor]:
     """Scale ``[planes or 1, out, groups]`` and offset ``[out, groups]`` of a solution, float32."""
     first = solution.levels[0]
-    offset_OG = torch.stack([lv.offset_N for lv in solution.levels], dim=1)  # type: ignore[attr-defined]
+    offset_OG = torch.stack([lv.offset_N for lv in solution.levels], dim=1)
     if isinstance(first, UniformLevels):
-        step_OG = torch.stack([lv.step_N for lv in solution.levels], dim=1)  # type: ignore[attr-defined]
+        step_OG = torch.stack([lv.step_N for lv in solution.levels], dim=1)
         return step_OG[None] * 2.0 ** (first.bits - 2), offset_OG
     assert isinstance(first, FreeLevels)
-    alpha_OQG = torch.stack([lv.alpha_NQ for lv in solution.levels], dim=2)  # type: ignore[attr-defined]
+    alpha_OQG = torch.stack([lv.alpha_NQ for lv in solution.levels], dim=2)
     return alpha_OQG.permute(1, 0, 2).contiguous(), offset_OG
 
 
@@ -77,7 +68,8 @@ def sorted_planes(solution: Solution) -> Solution:
     planes is a renaming of codes; both are settled so that plane 0 matters most.
     """
     parts = solution.codes_OI.split(solution.group_size, dim=1)
-    codes, levels = [], []
+    codes: list[Tensor] = []
+    levels: list[Levels] = []
     for codes_OS, found in zip(parts, solution.levels, strict=True):
         assert isinstance(found, FreeLevels)
         planes = found.alpha_NQ.shape[1]
@@ -89,4 +81,4 @@ def sorted_planes(solution: Solution) -> Solution:
         bits_OSQ = bits_OSQ.gather(2, order_NQ[:, None].expand_as(bits_OSQ))
         codes.append((bits_OSQ << shifts_Q).sum(-1))
         levels.append(FreeLevels(magnitude_NQ.contiguous(), found.offset_N))
-    return Solution(torch.cat(codes, dim=1), levels, solution.group_size)  # type: ignore[arg-type]
+    return Solution(torch.cat(codes, dim=1), levels, solution.group_size)

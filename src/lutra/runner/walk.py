@@ -328,7 +328,7 @@ class _Walk:
     def _block(
         self, index: int, streams: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Quantize one block; moves both streams behind it. Returns its shard and the shard's meta."""
+        """Quantize one block and move both streams behind it; its shard and the shard's meta."""
         path = self.streamed.block_path(index)
         module = self.streamed.blocks[index]
         groups = self.architecture.groups_of(module)
@@ -360,7 +360,7 @@ class _Walk:
                 with torch.no_grad():
                     for name, packed in result.weights.items():
                         dense = self._oriented(packed.unpack())
-                        module.get_submodule(name).weight.copy_(dense)
+                        module.get_parameter(f"{name}.weight").copy_(dense)
                     for name, value in result.parameters.items():
                         module.get_parameter(name).copy_(value)
                 streams["quantized"] = self._forward(index, streams["quantized"])
@@ -446,10 +446,9 @@ class _Walk:
                 for name, stream in streams.items():
                     parts = stream.to(self.device).split(self._batch)
                     hidden[name] = torch.cat([self.streamed.finish(p) for p in parts])
-        head_OI = self.streamed.read(
-            f"{self.head}.weight",
-            tuple(self.streamed.model.get_submodule(self.head).weight.shape),  # type: ignore[union-attr]
-        )
+        head_name = f"{self.head}.weight"
+        head_shape = tuple(self.streamed.model.get_parameter(head_name).shape)
+        head_OI = self.streamed.read(head_name, head_shape)
         quantized_head_OI = head_OI
         if self.head_format is not None:
             quantized_head_OI, tensors, meta = self._quantize_head(head_OI, hidden.get("quantized"))
@@ -511,12 +510,11 @@ class _Walk:
         divergence, tokens = 0.0, 0
         for sample in range(min(TRACKED_SAMPLES, len(self.calibration.ids_NT))):
             targets = self.calibration.ids_NT[sample, 1:].to(self.device)
-            logp = {
-                k: torch.nn.functional.linear(hidden[k][sample, :-1].float(), w, bias).log_softmax(
-                    -1
-                )
-                for k, w in heads.items()
-            }
+            logp = {}
+            for k, weight_VD in heads.items():
+                hidden_ND = hidden[k][sample, :-1].float()
+                logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias)
+                logp[k] = logits_NV.log_softmax(-1)
             for k, value in logp.items():
                 nll[k] -= float(value.gather(1, targets[:, None]).sum())
             original = logp["original"]

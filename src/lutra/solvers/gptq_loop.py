@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lutra.errors import CalibrationError
 from lutra.solvers.bcq import plane_signs
 from lutra.solvers.levels import FreeLevels, Levels, UniformLevels
 
-FindLevels = Callable[[Tensor, Tensor], Levels]
+FindLevels = Callable[[Tensor, Tensor], UniformLevels | FreeLevels]
 """``(weight [O, S], importance [S]) -> levels``."""
 
 
@@ -63,8 +64,17 @@ def damped(hessian_II: Tensor, damping: float) -> Tensor:
 
 
 def inverse_cholesky(hessian_II: Tensor) -> Tensor:
-    """Upper U with U^T U = H^-1, in float64 inside; the damping is raised until H is definite."""
+    """Upper U with U^T U = H^-1, in float64 inside; the damping is raised until H is definite.
+
+    Raises:
+        CalibrationError: H is not finite, which no damping mends.
+    """
     matrix = hessian_II.double()
+    if not torch.isfinite(matrix).all():
+        raise CalibrationError(
+            "the statistics of a layer's inputs are not finite: activations of the calibration "
+            "text are too large. Is the checkpoint intact?"
+        )
     boost = 1e-8 * matrix.diagonal().mean()
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     while True:
@@ -80,7 +90,8 @@ def inverse_cholesky(hessian_II: Tensor) -> Tensor:
 
 def round_to_nearest(weight_OI: Tensor, group_size: int, find_levels: FindLevels) -> Solution:
     """Every weight to its nearest level, nothing fed back."""
-    codes, levels = [], []
+    codes: list[Tensor] = []
+    levels: list[Levels] = []
     for part_OS in weight_OI.split(group_size, dim=1):
         found = find_levels(part_OS, torch.ones_like(part_OS[0]))
         codes.append(found.nearest(part_OS)[0])
@@ -106,7 +117,8 @@ def quantize_with_feedback(
     upper_II = inverse_cholesky(damped(hessian_II, damping))
     # Columns are rows here, so that each step works on contiguous memory.
     weight_IO = weight_OI.t().contiguous()
-    codes, levels = [], []
+    codes: list[Tensor] = []
+    levels: list[Levels] = []
     for start in range(0, len(weight_IO), group_size):
         stop = min(start + group_size, len(weight_IO))
         block_SO, upper_SS = weight_IO[start:stop], upper_II[start:stop, start:stop]
@@ -140,12 +152,10 @@ def refit_levels(
         rows: rows solved together (memory grows with ``rows * in * (scales per group)``).
     """
     first = solution.levels[0]
-    uniform = isinstance(first, UniformLevels)
-    if uniform:
+    if isinstance(first, UniformLevels):
         codes_L = torch.arange(2**first.bits, device=weight_OI.device)
         per_code = (codes_L - first.center).to(weight_OI.dtype)[:, None]
     else:
-        assert isinstance(first, FreeLevels)
         per_code = plane_signs(first.alpha_NQ.shape[1], weight_OI.device).to(weight_OI.dtype)
     table_LP = torch.cat([per_code, torch.ones_like(per_code[:, :1])], dim=1)
     in_features, group_size = weight_OI.shape[1], solution.group_size
@@ -176,7 +186,7 @@ def refit_levels(
     levels: list[Levels] = []
     for g in range(groups):
         offset_O = scales_OGP[:, g, -1].contiguous()
-        if uniform:
+        if isinstance(first, UniformLevels):
             levels.append(UniformLevels(scales_OGP[:, g, 0].contiguous(), offset_O, first.bits))
         else:
             levels.append(FreeLevels(scales_OGP[:, g, :-1].contiguous(), offset_O))
@@ -242,7 +252,8 @@ def add_plane(
     """
     parents_OI = solution.codes_OI
     residual_OI = weight_OI - solution.decode()
-    codes, levels = [], []
+    codes: list[Tensor] = []
+    levels: list[Levels] = []
     parts = zip(
         solution.levels,
         weight_OI.split(solution.group_size, dim=1),
@@ -255,7 +266,6 @@ def add_plane(
         if isinstance(old, UniformLevels):
             new = UniformLevels(old.step_N / 2, old.offset_N, old.bits + 1)
         else:
-            assert isinstance(old, FreeLevels)
             alpha_N1 = residual_OS.abs().mean(1, keepdim=True)
             new = FreeLevels(torch.cat([old.alpha_NQ, alpha_N1], dim=1), old.offset_N)
         codes.append(nearer_child(new, weight_OS, parents_OS))

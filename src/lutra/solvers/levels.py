@@ -11,24 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lutra.solvers import bcq
-
-
-class Levels(Protocol):
-    """Levels of a batch of groups."""
-
-    offset_N: Tensor
-
-    def nearest(self, weight_NS: Tensor) -> tuple[Tensor, Tensor]:
-        """Code of the nearest level, int64 ``[N, S]`` in [0, 2^bits), and that level's value."""
-
-    def decode(self, codes_NS: Tensor) -> Tensor:
-        """Value of each code, ``[N, S]``."""
 
 
 @dataclass
@@ -54,12 +41,14 @@ class UniformLevels:
         return torch.where(self.step_N == 0, 1.0, self.step_N)[:, None]
 
     def nearest(self, weight_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """Code of the nearest level, int64 ``[N, S]`` in [0, 2^bits), and that level's value."""
         position_NS = (weight_NS - self.offset_N[:, None]) / self._divisor_N1
         position_NS = position_NS.add_(self.center).round_().clamp_(0, 2**self.bits - 1)
         value_NS = (position_NS - self.center).mul_(self.step_N[:, None])
         return position_NS.to(torch.int64), value_NS.add_(self.offset_N[:, None])
 
     def decode(self, codes_NS: Tensor) -> Tensor:
+        """Value of each code, ``[N, S]``."""
         centered = codes_NS.to(self.step_N.dtype) - self.center
         return self.offset_N[:, None] + self.step_N[:, None] * centered
 
@@ -83,9 +72,14 @@ class FreeLevels:
         return sorted_NL, code_NL, ((sorted_NL[:, 1:] + sorted_NL[:, :-1]) / 2).contiguous()
 
     def nearest(self, weight_NS: Tensor) -> tuple[Tensor, Tensor]:
+        """Code of the nearest level, int64 ``[N, S]`` in [0, 2^planes), and that level's value."""
         sorted_NL, code_NL, midpoint_NL = self._table
         rank_NS = torch.searchsorted(midpoint_NL, weight_NS.contiguous())
         return code_NL.gather(-1, rank_NS), sorted_NL.gather(-1, rank_NS)
 
     def decode(self, codes_NS: Tensor) -> Tensor:
+        """Value of each code, ``[N, S]``."""
         return bcq.levels_of(self.alpha_NQ, self.offset_N).gather(-1, codes_NS)
+
+
+Levels = UniformLevels | FreeLevels

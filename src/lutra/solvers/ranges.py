@@ -26,15 +26,20 @@ def min_max(weight_NS: Tensor, bits: int, shrink_N: Tensor | float = 1.0) -> Uni
 
 
 def with_integer_zero(levels: UniformLevels) -> UniformLevels:
-    """Move each grid by less than half a step so that its zero point is an integer code."""
-    step_N = torch.where(levels.step_N == 0, 1.0, levels.step_N)
-    zero_point_N = (levels.center - levels.offset_N / step_N).round()
-    zero_point_N = zero_point_N.clamp(0, 2**levels.bits - 1)
-    offset_N = levels.step_N * (levels.center - zero_point_N)
-    # A constant group has no step; its offset alone carries the value.
-    return UniformLevels(
-        levels.step_N, torch.where(levels.step_N == 0, levels.offset_N, offset_N), levels.bits
-    )
+    """The grid with an integer code for zero, as formats with a stored zero point need.
+
+    A grid that does not reach zero is widened to it first, so that the zero point lies among the
+    codes; then it moves by less than half a step.
+    """
+    last = 2**levels.bits - 1
+    reach_N = levels.step_N * levels.center
+    low_N = (levels.offset_N - reach_N).clamp_max(0)
+    high_N = (levels.offset_N + reach_N).clamp_min(0)
+    outside_N = (low_N == 0) | (high_N == 0)
+    step_N = torch.where(outside_N, (high_N - low_N) / last, levels.step_N)
+    safe_N = torch.where(step_N == 0, 1.0, step_N)
+    zero_point_N = (-low_N / safe_N).round().clamp(0, last)
+    return UniformLevels(step_N, step_N * (levels.center - zero_point_N), levels.bits)
 
 
 def search_clip(

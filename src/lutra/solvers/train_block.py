@@ -4,8 +4,8 @@
 
 x is what the already quantized blocks before this one produce, so the block also learns to undo
 their errors. Codes are trained through a rounding variable, as in AdaRound (arXiv 2004.10568) and
-AutoRound (arXiv 2309.05516): each weight has a position u on the axis of codes, its level is that of
-round(u), and the gradient passes the rounding unchanged (straight-through). Where we differ: u
+AutoRound (arXiv 2309.05516): each weight has a position u on the axis of codes, its level is that
+of round(u), and the gradient passes the rounding unchanged (straight-through). Where we differ: u
 starts at the codes that error feedback and descent have found, not at plain rounding; scales and
 offsets are trained themselves, not as a clipping of min-max; the optimiser is Adam with a cosine
 schedule; and the best state on a fixed set of samples is kept, so training can not make the block
@@ -69,12 +69,12 @@ class TrainableWeight(nn.Module):
         first = solution.levels[0]
         self.group_size, self.in_features = solution.group_size, weight_OI.shape[1]
         self.uniform = isinstance(first, UniformLevels)
-        offset_OG = torch.stack([lv.offset_N for lv in solution.levels], 1)  # type: ignore[attr-defined]
+        offset_OG = torch.stack([lv.offset_N for lv in solution.levels], 1)
         if isinstance(first, UniformLevels):
             self.bits = first.bits
-            scale_POG = torch.stack([lv.step_N for lv in solution.levels], 1)[None]  # type: ignore[attr-defined]
+            scale_POG = torch.stack([lv.step_N for lv in solution.levels], 1)[None]
         else:
-            alpha_OQG = torch.stack([lv.alpha_NQ for lv in solution.levels], 2)  # type: ignore[attr-defined]
+            alpha_OQG = torch.stack([lv.alpha_NQ for lv in solution.levels], 2)
             scale_POG = alpha_OQG.permute(1, 0, 2).contiguous()
             self.bits = len(scale_POG)
         # Trained relative to a typical scale, so that one learning rate suits every matrix.
