@@ -1,4 +1,4 @@
-"""CPU kernels against the product in float64 with the unpacked weight, on every level of this CPU."""
+"""CPU kernels against the float64 product with the unpacked weight, on every level of this CPU."""
 
 from __future__ import annotations
 
@@ -72,9 +72,10 @@ def multiply(weight: BitPlanes, x: torch.Tensor, fast: bool = False) -> torch.Te
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 160, 256, -1])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_grid(level: str, bits: int, group: int) -> None:
-    for uniform, (out, in_), fast in itertools.product(
-        (False, True), ((1, 32), (70, 416), (129, 300)), (False, True)
-    ):
+    for uniform, (out, in_), fast in (
+        (False, (70, 416), False), (True, (129, 300), False), (True, (70, 416), True),
+        (False, (1, 32), False),
+    ):  # fmt: skip
         weight = random_weight(out, in_, bits, group, uniform)
         x = torch.randn(3, in_)
         error = relative_error(multiply(weight, x, fast), x, weight)

@@ -14,6 +14,7 @@ Bytes (``gbps``) are those of the stored tensors: packed weight, scales, offsets
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -24,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ class Candidate:
     bits: int
     group: int
     bytes: int
-    calls: list[Callable[[], object]]
+    calls: Sequence[Callable[[], object]]
     products: int = 1
     error: float | None = None
 
@@ -208,7 +210,7 @@ def _dense(shape: tuple[int, int], x_MI: Tensor) -> Candidate:
     x = x_MI.bfloat16()
     linear = torch.nn.functional.linear
     error = relative_error(linear(x, weights[0]), x, weights[0][:CHECKED_ROWS])
-    calls = [lambda w=w: linear(x, w) for w in weights]
+    calls = [partial(linear, x, w) for w in weights]
     return Candidate("torch", 16, 0, 2 * weights[0].numel(), calls, error=error)
 
 
@@ -249,9 +251,7 @@ def _ours(
     ):
         kernel, x = CpuKernel(fast), x_MI.to(dtype)
         error = relative_error(kernel.linear(x, prepared[0], None, spec), x, checked)
-        calls = [
-            lambda p=p, kernel=kernel, x=x: kernel.linear(x, p, None, spec) for p in prepared
-        ]
+        calls = [partial(kernel.linear, x, p, None, spec) for p in prepared]
         yield Candidate(name, bits, group, stored, calls, error=error)
 
 
@@ -276,7 +276,7 @@ def _torch_int4pack(
     error = relative_error(op(x, packed, group, both), x, dense)
     yield Candidate(
         "torch-int4pack", 4, group, stored,
-        [lambda p=p, s=s: op(x, p, group, s) for p, s in copies], error=error,
+        [partial(op, x, p, group, s) for p, s in copies], error=error,
     )
 
 
@@ -284,10 +284,8 @@ def _onnxruntime(
     shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
 ) -> Iterator[Candidate]:
     import numpy as np
-    import onnx
-    import onnxruntime as ort
-    from onnx import TensorProto, helper
-
+    onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    proto, helper = onnx.TensorProto, importlib.import_module("onnx.helper")
     out_features, in_features = shape
     if group not in (32, 64, 128, 256) or in_features % group:
         return
@@ -303,12 +301,12 @@ def _onnxruntime(
         nodes, constants, outputs = [], [], []
         for i in range(count):
             constants += [
-                onnx.TensorProto(
-                    name=f"B{i}", data_type=TensorProto.UINT8, dims=packed.shape,
+                proto(
+                    name=f"B{i}", data_type=proto.UINT8, dims=packed.shape,
                     raw_data=np.roll(packed, i, 0).tobytes(),
                 ),
-                onnx.TensorProto(
-                    name=f"S{i}", data_type=TensorProto.FLOAT, dims=scale.shape,
+                proto(
+                    name=f"S{i}", data_type=proto.FLOAT, dims=scale.shape,
                     raw_data=scale.tobytes(),
                 ),
             ]
@@ -320,11 +318,11 @@ def _onnxruntime(
                 )
             )
             outputs.append(
-                helper.make_tensor_value_info(f"Y{i}", TensorProto.FLOAT, ["M", out_features])
+                helper.make_tensor_value_info(f"Y{i}", proto.FLOAT, ["M", out_features])
             )
         graph = helper.make_graph(
             nodes, "products",
-            [helper.make_tensor_value_info("X", TensorProto.FLOAT, ["M", in_features])],
+            [helper.make_tensor_value_info("X", proto.FLOAT, ["M", in_features])],
             outputs, constants,
         )
         domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -351,8 +349,8 @@ def _onnxruntime(
         error = relative_error(torch.from_numpy(results[0]), x_MI, torch.from_numpy(codes * steps))
         yield Candidate(
             "onnxruntime", bits, group, stored,
-            [lambda session=session, binding=binding: session.run_with_iobinding(binding)],
-            products=count, error=error,
+            [partial(session.run_with_iobinding, binding)], products=count,
+            error=error,
         )
 
 
@@ -360,9 +358,8 @@ def _openvino(
     shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
 ) -> Iterator[Candidate]:
     import numpy as np
-    import openvino as ov
-    from openvino import opset13 as op
-
+    ov = importlib.import_module("openvino")
+    op = importlib.import_module("openvino.opset13")
     out_features, in_features = shape
     if group <= 0 or in_features % group:
         return
@@ -394,15 +391,15 @@ def _openvino(
         request.set_input_tensor(ov.Tensor(x_MI.numpy()))
         yield Candidate(
             "openvino", bits, group, stored,
-            [lambda request=request: request.infer(share_outputs=True)], products=len(results),
+            [partial(request.infer, share_outputs=True)],
+            products=len(results),
         )
 
 
 def _auto_round_lib(
     shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
 ) -> Iterator[Candidate]:
-    import auto_round_kernel as ark
-
+    ark = importlib.import_module("auto_round_kernel")
     out_features, in_features = shape
     if group <= 0 or in_features % group:
         return
@@ -430,7 +427,7 @@ def _auto_round_lib(
             scale.T[:CHECKED_ROWS].double().repeat_interleave(group, 1)
         )
         yield Candidate(
-            "auto-round-lib", bits, group, stored, [lambda p=p: multiply(p) for p in copies],
+            "auto-round-lib", bits, group, stored, [partial(multiply, p) for p in copies],
             error=relative_error(multiply(packed), x_MI, dense),
         )
 

@@ -20,6 +20,7 @@ stored dtype, permuted for the instruction set in use and padded to whole tiles 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -130,7 +131,7 @@ def _check(
         raise ValueError(f"activations must be float32, float16 or bfloat16, not {x.dtype}")
     if not (1 <= bits <= 8 and 1 <= out_features <= LONGEST and 1 <= in_features <= LONGEST):
         raise ValueError(f"impossible weight: {bits} planes of {out_features} x {in_features}")
-    if group_size < 1 or (group_size % 32 and group_size < in_features):
+    if not 1 <= group_size <= LONGEST or (group_size % 32 and group_size < in_features):
         raise ValueError(f"group size must be a multiple of 32 or span the row, not {group_size}")
     rows = padded_rows(out_features)
     per_plane = rows * groups_per_row(in_features, group_size)
@@ -221,29 +222,87 @@ def _run(x: Tensor, layer: tuple[Any, ...], bias: Tensor | None, fast: bool) -> 
     return y
 
 
-def _multiply_decoded(
-    x_MI: Tensor, y_MO: Tensor, bias: Tensor | None, layer: tuple[Any, ...]
-) -> None:
-    """Decode the weight piece by piece and let torch multiply; float16 goes through float32."""
+def _decoded_pieces(layer: tuple[Any, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Dense rows of a weight, piece by piece ``(first row, [rows, in])``, in the same memory."""
     out_features, in_features = layer[5:7]
-    dtype = torch.bfloat16 if x_MI.dtype == torch.bfloat16 else torch.float32
-    x_MI = x_MI.to(dtype)
     columns = words_per_row(in_features) * 32
-    block = 64  # divides into whole blocks of every level's layout
+    block = 64  # whole blocks of every level's layout
     step = max(block, DECODED_BYTES // (columns * dtype.itemsize) // block * block)
-    step = min(step, padded_rows(out_features))
-    piece = torch.empty((-(-step // block) * block, columns), dtype=dtype, device=x_MI.device)
+    step = min(step, -(-out_features // block) * block)
+    piece = torch.empty((step, columns), dtype=dtype, device="cpu")
     threads = torch.get_num_threads()
     for start in range(0, out_features, step):
         count = min(step, out_features - start)
         native().decode(*layer, start, count, ACTIVATIONS[dtype], piece.data_ptr(), threads)
-        part = None if bias is None else bias[start : start + count].to(dtype)
-        y_MO[:, start : start + count] = torch.nn.functional.linear(
-            x_MI, piece[:count, :in_features], part
-        )
+        yield start, piece[:count, :in_features]
+
+
+def _multiply_decoded(
+    x_MI: Tensor, y_MO: Tensor, bias: Tensor | None, layer: tuple[Any, ...]
+) -> None:
+    """Decode the weight piece by piece and let torch multiply; float16 goes through float32."""
+    dtype = torch.bfloat16 if x_MI.dtype == torch.bfloat16 else torch.float32
+    x_MI = x_MI.to(dtype)
+    for start, weight in _decoded_pieces(layer, dtype):
+        rows = slice(start, start + len(weight))
+        part = None if bias is None else bias[rows].to(dtype)
+        y_MO[:, rows] = torch.nn.functional.linear(x_MI, weight, part)
 
 
 library.impl("cpu_linear", cpu_linear, "CPU")
+
+# The gradient for the activations, so that adapters can be trained around a packed layer.
+library.define(
+    "cpu_linear_backward(Tensor grad, Tensor planes, Tensor scale, Tensor offset, "
+    "int out_features, int in_features, int bits, int group_size, bool uniform) -> Tensor"
+)
+
+
+@torch.library.register_fake("lutra::cpu_linear_backward", lib=library)
+def _(
+    grad: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, out_features: int,
+    in_features: int, bits: int, group_size: int, uniform: bool,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def cpu_linear_backward(
+    grad: Tensor, planes: Tensor, scale: Tensor, offset: Tensor, out_features: int,
+    in_features: int, bits: int, group_size: int, uniform: bool,
+) -> Tensor:
+    """``grad`` ``[..., out]`` times the weight itself: the gradient ``[..., in]`` of the input."""
+    x = grad.new_empty((*grad.shape[:-1], in_features))
+    if grad.shape[-1:] != (out_features,):
+        raise ValueError(f"gradient {tuple(grad.shape)} does not end in {out_features} features")
+    _check(x, planes, scale, offset, None, out_features, in_features, bits, group_size, uniform)
+    layer = (
+        planes.data_ptr(), scale.data_ptr(), offset.data_ptr(), ACTIVATIONS[scale.dtype],
+        ACTIVATIONS[offset.dtype], out_features, in_features, bits, group_size, uniform,
+    )
+    total_MI = torch.zeros((x.numel() // in_features, in_features), dtype=torch.float32)
+    grad_MO = grad.reshape(-1, out_features).to(torch.float32)
+    for start, weight in _decoded_pieces(layer, torch.float32):
+        total_MI += grad_MO[:, start : start + len(weight)] @ weight
+    return total_MI.to(grad.dtype).view(x.shape)
+
+
+library.impl("cpu_linear_backward", cpu_linear_backward, "CPU")
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.sizes, ctx.biased = inputs[5:10], inputs[4] is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x = torch.ops.lutra.cpu_linear_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.biased else None
+    return (x, None, None, None, bias, *[None] * 6)
+
+
+torch.library.register_autograd(
+    "lutra::cpu_linear", _backward, setup_context=_save_for_backward, lib=library
+)
 
 
 class CpuKernel(Kernel):
