@@ -115,8 +115,9 @@ def quantize_with_feedback(
         damping: fraction of the mean diagonal added to H.
     """
     upper_II = inverse_cholesky(damped(hessian_II, damping))
-    # Columns are rows here, so that each step works on contiguous memory.
-    weight_IO = weight_OI.t().contiguous()
+    # Columns are rows here, so that each step works on contiguous memory. A copy in any case: the
+    # transpose of a single row is contiguous already.
+    weight_IO = weight_OI.t().clone(memory_format=torch.contiguous_format)
     codes: list[Tensor] = []
     levels: list[Levels] = []
     for start in range(0, len(weight_IO), group_size):
