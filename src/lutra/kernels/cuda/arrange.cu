@@ -8,7 +8,7 @@
 //
 // A token is scaled by a power of two to a largest |x| in [2^14, 2^15), so that the division costs
 // nothing but values below 2^-30 of the largest; `sum` is in the units of the products (2^-24 of that).
-// Tokens past the last are zero. Grid: padded tokens; 256 threads; dynamic shared memory: one row of x.
+// Tokens past the last are zero. Grid: padded tokens; 1024 threads; dynamic shared memory: one row of x.
 
 #include "fields.cuh"
 
@@ -20,16 +20,16 @@ struct Arguments {
   int tokens, in_features, slices;
 };
 
-extern "C" __global__ void __launch_bounds__(256) arrange(const __grid_constant__ Arguments p) {
+extern "C" __global__ void __launch_bounds__(1024) arrange(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(16) u16 row[];   // slices * 128
-  __shared__ float largest_of[8];
+  __shared__ float largest_of[32];
   const int token = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   let_next_kernel_start();
   wait_for_previous_kernel();
   const u16* source = p.x + (long long)token * p.x_stride;
   float largest = 0.f;
   const bool active = token < p.tokens, wide = ((u64)source & 15) == 0;
-  for (int i = threadIdx.x * 8; i < p.slices * 128; i += 2048) {
+  for (int i = threadIdx.x * 8; i < p.slices * 128; i += 8192) {
     if (active && wide && i + 8 <= p.in_features) {
       *(uint4*)(row + i) = *(const uint4*)(source + i);
     } else {
@@ -40,14 +40,14 @@ extern "C" __global__ void __launch_bounds__(256) arrange(const __grid_constant_
   for (int s = 16; s; s >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, s));
   if (lane == 0) largest_of[warp] = largest;
   __syncthreads();
-  for (int w = 0; w < 8; w++) largest = fmaxf(largest, largest_of[w]);
+  for (int w = 0; w < 32; w++) largest = fmaxf(largest, largest_of[w]);
   // The exponent field of the largest; one bf16 token may be too small or too large to bring into range.
   const int exponent = min(max((int)(__float_as_uint(largest) >> 23), 16), 254);
   const float up = __uint_as_float((u32)(254 + 14 - exponent) << 23 & 0x7F800000u);   // 2^(14 - e)
   if (threadIdx.x == 0) p.factors[token] = __uint_as_float((u32)(exponent - 14) << 23);
   const int tile = token / TOKENS, column = token % TOKENS;
   char* out = p.arranged + (long long)tile * p.slices * (TOKENS * 260);
-  for (int i = threadIdx.x; i < p.slices * 16; i += 256) {
+  for (int i = threadIdx.x; i < p.slices * 16; i += 1024) {
     const int slice = i >> 4, b = i & 15;
     const float scale = up * __uint_as_float((u32)(127 - field_position(b)) << 23);
     u32 packed[4];

@@ -10,6 +10,7 @@
 
 #include "few_tokens.cuh"
 
+constexpr int SIDE = TOKENS > 8 ? (BITS < 2 ? 1 : 2) : (BITS <= 4 ? BITS : (BITS + 1) / 2);
 constexpr int FOURS = TOKENS / 4;   // TOKENS is a multiple of 4; those past p.tokens are zero
 
 DEVICE void byte_product(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -74,31 +75,41 @@ struct Bytes {
         const Scales scales(stage, slice, split, g);
         const bool mine = SPLITS == 1 || t / (4 / SPLITS) == split;
         float2 sum[FOURS] = {}, alphas = make_float2(0.f, 0.f);
-#pragma unroll (BITS <= 4 ? BITS : 2)
-        for (int q = 0; q < BITS; q++) {
-          uint2 w = planes[q * 32];
-          if (!mine) w.x = w.y = 0;   // inputs of another group
-          const float2 alpha = scales.alpha(q);
-          alphas.x += alpha.x;
-          alphas.y += alpha.y;
-          int d[FOURS][4] = {};
+#pragma unroll 1
+        for (int first = 0; first < BITS; first += SIDE) {   // planes side by side hide the latency
+          uint2 w[SIDE];
+          int d[SIDE][FOURS][4] = {};
+#pragma unroll
+          for (int q = 0; q < SIDE; q++) {
+            w[q] = mine && first + q < BITS ? planes[(first + q) * 32] : make_uint2(0, 0);
+          }
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             // Left shifts by multiplication run beside the masks, on another pipe.
             const u32 even = 1u << (7 - 2 * i), odd = 1u << (6 - 2 * i);
-            const u32 a[4] = {(w.x * even) & 0x80808080u, (w.y * even) & 0x80808080u,
-                              (w.x * odd) & 0x80808080u, (w.y * odd) & 0x80808080u};
 #pragma unroll
-            for (int m = 0; m < FOURS; m++) {
-              const uint4 half = b[m][i >> 1];
-              if (i & 1) byte_product(d[m], a, half.z, half.w);
-              else byte_product(d[m], a, half.x, half.y);
+            for (int q = 0; q < SIDE; q++) {
+              const u32 a[4] = {(w[q].x * even) & 0x80808080u, (w[q].y * even) & 0x80808080u,
+                                (w[q].x * odd) & 0x80808080u, (w[q].y * odd) & 0x80808080u};
+#pragma unroll
+              for (int m = 0; m < FOURS; m++) {
+                const uint4 half = b[m][i >> 1];
+                if (i & 1) byte_product(d[q][m], a, half.z, half.w);
+                else byte_product(d[q][m], a, half.x, half.y);
+              }
             }
           }
 #pragma unroll
-          for (int m = 0; m < FOURS; m++) {
-            sum[m].x = fmaf(alpha.x, (float)(256 * d[m][0] + d[m][1]), sum[m].x);
-            sum[m].y = fmaf(alpha.y, (float)(256 * d[m][2] + d[m][3]), sum[m].y);
+          for (int q = 0; q < SIDE; q++) {
+            if (first + q >= BITS) break;
+            const float2 alpha = scales.alpha(first + q);
+            alphas.x += alpha.x;
+            alphas.y += alpha.y;
+#pragma unroll
+            for (int m = 0; m < FOURS; m++) {
+              sum[m].x = fmaf(alpha.x, (float)(256 * d[q][m][0] + d[q][m][1]), sum[m].x);
+              sum[m].y = fmaf(alpha.y, (float)(256 * d[q][m][2] + d[q][m][3]), sum[m].y);
+            }
           }
         }
 #pragma unroll

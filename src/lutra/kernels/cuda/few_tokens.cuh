@@ -49,7 +49,8 @@ struct Scales {
   }
   // Alpha of plane q; with uniform levels in units of alpha 0, which `add` multiplies in.
   DEVICE float2 alpha(int q) const {
-    return UNIFORM ? make_float2(1.f / (1 << q), 1.f / (1 << q)) : scale_pair(scales, row + q);
+    const float half_to_the_q = __uint_as_float((u32)(127 - q) << 23);
+    return UNIFORM ? make_float2(half_to_the_q, half_to_the_q) : scale_pair(scales, row + q);
   }
   DEVICE void add(float2& total, float2 sum, float2 alphas, float4 record) const {
     const float2 offset = scale_pair(scales, row + SLOTS - 1);
@@ -121,54 +122,50 @@ template <int LIMIT, int BIAS> DEVICE Slice round_block(const float (&v)[32], u3
 
 // Position of a warp in its sequence of items: tile by tile, panel after panel.
 struct Cursor {
-  int tile, item, panel_end;
+  int tile, item, panel_begin, panel_end;   // panel_end = 0: past the last
+  long long index;                          // of the item in the weight
+
   DEVICE void start(const Arguments& p, int first_tile, int k_part) {
-    tile = first_tile; item = k_part; panel_end = min(p.panel_items, p.items);
-    if (tile >= p.tiles) panel_end = item = 0;
-    settle(p, first_tile, k_part);
+    panel_begin = 0;
+    panel_end = first_tile < p.tiles ? min(p.panel_items, p.items) : 0;
+    enter(p, first_tile, k_part);
   }
   DEVICE bool done() const { return panel_end == 0; }
+  DEVICE void enter(const Arguments& p, int new_tile, int k_part) {
+    tile = new_tile;
+    item = panel_begin + k_part;
+    // Only the last panel can be too short for a warp, and then is so in every tile.
+    if (item >= panel_end) panel_end = 0;
+    index = (long long)tile * p.items + item;
+  }
   DEVICE void advance(const Arguments& p, int first_tile, int tile_step, int k_part) {
     item += p.k_warps;
+    index += p.k_warps;
     if (item < panel_end) return;
-    tile += tile_step;
-    next_tile(p, first_tile, k_part);
-  }
-  DEVICE void next_tile(const Arguments& p, int first_tile, int k_part) {
-    if (tile < p.tiles) {
-      item = panel_end - min(p.panel_items, panel_end - panel_begin(p)) + k_part;
+    if (tile + tile_step < p.tiles) {
+      enter(p, tile + tile_step, k_part);
     } else if (panel_end < p.items) {
-      tile = first_tile; item = panel_end + k_part; panel_end = min(panel_end + p.panel_items, p.items);
+      panel_begin = panel_end;
+      panel_end = min(panel_end + p.panel_items, p.items);
+      enter(p, first_tile, k_part);
     } else {
       panel_end = 0;
-      return;
-    }
-    settle(p, first_tile, k_part);
-  }
-  DEVICE int panel_begin(const Arguments& p) const { return (panel_end - 1) / p.panel_items * p.panel_items; }
-  DEVICE void settle(const Arguments& p, int first_tile, int k_part) {
-    // A warp without an item in this panel (short last panel) has none in any of its tiles.
-    if (panel_end && item >= panel_end) {
-      if (panel_end < p.items) {
-        tile = first_tile; item = panel_end + k_part; panel_end = min(panel_end + p.panel_items, p.items);
-        if (item >= panel_end) panel_end = 0;
-      } else panel_end = 0;
     }
   }
 };
 
 DEVICE void fetch(const Arguments& p, const Cursor& c, u32 stage, int lane, u64 policy) {
   if (!c.done()) {
-    const long long index = (long long)c.tile * p.items + c.item;
-    const char* planes = p.planes + index * PLANE_BYTES + lane * 16;
+    const char* planes = p.planes + lane * 16 + c.index * PLANE_BYTES;
 #pragma unroll
     for (int q = 0; q < BITS; q++) copy16_async(stage + q * 512 + lane * 16, planes + q * 512, policy);
-    const int group = GROUP == 256 ? c.item / p.items_per_group : c.item * ITEM_GROUPS;
-    const char* scales = p.scales + ((long long)c.tile * p.groups + group) * (16 * SLOTS * SCALE_SIZE);
+    // Groups smaller than an item are stored item by item.
+    const long long group = (long long)c.tile * p.groups + c.item / p.items_per_group;
+    const char* scales =
+        p.scales + lane * 16 + (GROUP == 256 ? group * (16 * SLOTS * SCALE_SIZE) : c.index * SCALE_BYTES);
 #pragma unroll
     for (int i = 0; i < SCALE_BYTES; i += 512)
-      if (i + lane * 16 < SCALE_BYTES)
-        copy16_async(stage + PLANE_BYTES + i + lane * 16, scales + i + lane * 16, policy);
+      if (i + lane * 16 < SCALE_BYTES) copy16_async(stage + PLANE_BYTES + i + lane * 16, scales + i, policy);
   }
   commit_copies();
 }

@@ -9,7 +9,7 @@
 // up through distributed shared memory, in order: two runs give the same bits. The first thread fetches x.
 //
 // -D: TOKENS 8|16|32|64, WARPGROUPS, STAGES (slices of x in the ring), AHEAD (slices of weights in
-// registers). GROUP is 128 or 256. Grid: (cluster size, row blocks, token tiles).
+// registers), BLOCKS (of a processor at a time). GROUP is 128 or 256. Grid: (cluster size, row blocks, token tiles).
 
 #include "fields.cuh"
 
@@ -72,50 +72,49 @@ DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
+// Upper half of the descriptor of x in shared memory, without swizzle: core matrices of 8 tokens by 8
+// inputs (128 bytes) are 256 bytes apart along the tokens (the lower half: 128 along the inputs).
+constexpr u32 X_STRIDES = 256 >> 4;
+DEVICE u32 x_descriptor(u32 shared) { return (shared & 0x3FFFF) >> 4 | (128 >> 4) << 16; }
+
 // d (+)= A x: 64 rows (16 of each warp) by N tokens by 16 inputs. A lane holds rows g and g + 8.
-template <int N> DEVICE void matrix_product(float (&d)[N / 2], const u32 (&a)[4], u64 x, bool add);
-template <> DEVICE void matrix_product<8>(float (&d)[4], const u32 (&a)[4], u64 x, bool add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
+template <int N> DEVICE void matrix_product(float (&d)[N / 2], const u32 (&a)[4], u32 x, bool add);
+template <> DEVICE void matrix_product<8>(float (&d)[4], const u32 (&a)[4], u32 x, bool add) {
+  asm volatile("{ .reg .pred p; .reg .b64 x; setp.ne.b32 p, %10, 0; mov.b64 x, {%8, %9};\n"
                "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, "
-               "{%4, %5, %6, %7}, %8, p, 1, 1, 0; }"
+               "{%4, %5, %6, %7}, x, p, 1, 1, 0; }"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((int)add));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(X_STRIDES), "r"((int)add));
 }
-template <> DEVICE void matrix_product<16>(float (&d)[8], const u32 (&a)[4], u64 x, bool add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
+template <> DEVICE void matrix_product<16>(float (&d)[8], const u32 (&a)[4], u32 x, bool add) {
+  asm volatile("{ .reg .pred p; .reg .b64 x; setp.ne.b32 p, %14, 0; mov.b64 x, {%12, %13};\n"
                "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-               "{%8, %9, %10, %11}, %12, p, 1, 1, 0; }"
+               "{%8, %9, %10, %11}, x, p, 1, 1, 0; }"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((int)add));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(X_STRIDES), "r"((int)add));
 }
-template <> DEVICE void matrix_product<32>(float (&d)[16], const u32 (&a)[4], u64 x, bool add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
+template <> DEVICE void matrix_product<32>(float (&d)[16], const u32 (&a)[4], u32 x, bool add) {
+  asm volatile("{ .reg .pred p; .reg .b64 x; setp.ne.b32 p, %22, 0; mov.b64 x, {%20, %21};\n"
                "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
                "%10, %11, %12, %13, %14, %15}, "
-               "{%16, %17, %18, %19}, %20, p, 1, 1, 0; }"
+               "{%16, %17, %18, %19}, x, p, 1, 1, 0; }"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
                  "+f"(d[15])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((int)add));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(X_STRIDES), "r"((int)add));
 }
-template <> DEVICE void matrix_product<64>(float (&d)[32], const u32 (&a)[4], u64 x, bool add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+template <> DEVICE void matrix_product<64>(float (&d)[32], const u32 (&a)[4], u32 x, bool add) {
+  asm volatile("{ .reg .pred p; .reg .b64 x; setp.ne.b32 p, %38, 0; mov.b64 x, {%36, %37};\n"
                "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
                "%10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, "
                "%29, %30, %31}, "
-               "{%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+               "{%32, %33, %34, %35}, x, p, 1, 1, 0; }"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
                  "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
                  "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
                  "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"((int)add));
-}
-
-// x without swizzle: core matrices of 8 tokens by 8 inputs (128 bytes) are 128 bytes apart along the
-// inputs and 256 along the tokens.
-DEVICE u64 x_descriptor(u32 shared) {
-  return (u64)((shared & 0x3FFFF) >> 4) | (u64)(128 >> 4) << 16 | (u64)(256 >> 4) << 32;
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(X_STRIDES), "r"((int)add));
 }
 
 // What a lane needs of one slice: the words of rows g and g + 8 of all planes, and their scales.
@@ -123,19 +122,16 @@ struct Weights {
   uint2 plane[BITS];
   u32 raw[SLOTS * SCALE_SIZE / 2];   // scales as stored: nothing may wait for a load before it is used
 
-  DEVICE void load(const Arguments& p, int tile, int slice, int lane) {
-    const char* planes = p.planes + ((long long)tile * (p.items * 2) + slice) * SLICE_BYTES + lane * 8;
+  DEVICE void load(const char* planes, const char* scales) {
 #pragma unroll
     for (int q = 0; q < BITS; q++) plane[q] = load_weights(planes + q * 256);
-    const int group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
-    const char* scales = p.scales + ((long long)tile * p.groups + group) * (16 * SLOTS * SCALE_SIZE);
 #pragma unroll
-    for (int s = 0; s < SLOTS * SCALE_SIZE / 2; s++)
-      raw[s] = ((const u32*)scales)[(lane >> 2) * (SLOTS * SCALE_SIZE / 2) + s];
+    for (int s = 0; s < SLOTS * SCALE_SIZE / 2; s++) raw[s] = ((const u32*)scales)[s];
   }
   DEVICE float2 scale(int slot) const { return scale_pair((const char*)raw, slot); }
 };
 
+// x is the lower half of a descriptor, x_sums the sums of the lane's first two tokens.
 DEVICE void multiply_slice(const Weights& w, u32 x, const float* x_sums, float (&sum)[SUMS]) {
   float2 offset = w.scale(SLOTS - 1);   // of a weight whose bits are all 0, as fields count them
 #pragma unroll
@@ -163,7 +159,7 @@ DEVICE void multiply_slice(const Weights& w, u32 x, const float* x_sums, float (
       products_begin();
 #pragma unroll
       for (int j = half * 4; j < half * 4 + 4; j++)
-        matrix_product<TOKENS>(part, a[j], x_descriptor(x + j * (TOKENS * 32)), j > 0);
+        matrix_product<TOKENS>(part, a[j], x + j * (TOKENS * 2), j > 0);
       products_commit();
     }
     products_wait();
@@ -200,7 +196,7 @@ DEVICE void multiply_slice(const Weights& w, u32 x, const float* x_sums, float (
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 field_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) char shared[];   // the ring of x, later the sums [TOKENS][PITCH]
   __shared__ __align__(8) u64 barriers[2 * STAGES];
@@ -220,9 +216,17 @@ field_linear(const __grid_constant__ Arguments p) {
   let_next_kernel_start();
 
   const int tile = min((int)blockIdx.y * (ROWS / 16) + warp, p.tiles - 1);
+  const char* planes = p.planes + ((long long)tile * slices + begin) * SLICE_BYTES + lane * 8;
+  const char* row_scales = p.scales + ((long long)tile * p.groups * 8 + (lane >> 2)) * (2 * SLOTS * SCALE_SIZE);
+  auto scales = [&](int n) {   // of slice n of this block
+    const int group = GROUP == 256 ? (begin + n) / 2 / p.items_per_group : begin + n;
+    return row_scales + group * (16 * SLOTS * SCALE_SIZE);
+  };
+  const int count = end - begin;
   Weights ahead[AHEAD];
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) ahead[i].load(p, tile, min(begin + i, slices - 1), lane);
+  for (int i = 0; i < AHEAD; i++)
+    if (i < count) ahead[i].load(planes + i * SLICE_BYTES, scales(i));
   wait_for_previous_kernel();
 
   const char* x_slices = p.arranged + (long long)blockIdx.z * slices * X_BYTES;
@@ -232,7 +236,6 @@ field_linear(const __grid_constant__ Arguments p) {
     copy_bulk(shared_address(shared + n % STAGES * X_BYTES), x_slices + (long long)(begin + n) * X_BYTES,
               X_BYTES, barrier);
   };
-  const int count = end - begin;
   if (threadIdx.x == 0)
     for (int n = 0; n < min(STAGES - LAG, count); n++) fetch(n);
 
@@ -251,11 +254,12 @@ field_linear(const __grid_constant__ Arguments p) {
       __syncwarp();
       barrier_wait(full + 8 * stage, (n / STAGES) & 1);
       const char* x = shared + stage * X_BYTES;
-      multiply_slice(ahead[i], shared_address(x), (const float*)(x + TOKENS * 256) + 2 * (lane & 3), sum);
-      ahead[i].load(p, tile, min(begin + n + AHEAD, slices - 1), lane);
+      multiply_slice(ahead[i], x_descriptor(shared_address(x)), (const float*)(x + TOKENS * 256) + 2 * (lane & 3), sum);
+      if (n + AHEAD < count) ahead[i].load(planes + (i + AHEAD) * SLICE_BYTES, scales(n + AHEAD));
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
+    planes += AHEAD * SLICE_BYTES;
   }
   __syncthreads();   // every copy of x has been used
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _HEADER = b"lutra cubin 1\n"
 _DIGEST_BYTES = 32
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
-COMMON_OPTIONS = ("-default-device", "--std=c++17", "-lineinfo")
+COMMON_OPTIONS = ("-default-device", "--std=c++17")
 
 
 @cache

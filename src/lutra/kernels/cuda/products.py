@@ -228,6 +228,7 @@ class FieldPlan:
         token_tiles: blocks along the tokens.
         warpgroups: each takes 64 rows.
         stages, ahead: slices of x in shared memory, slices of weights in registers.
+        blocks: blocks that a processor holds at a time.
         cluster: blocks that share the inputs of a row.
         row_blocks, shared_bytes: of the launch.
     """
@@ -237,6 +238,7 @@ class FieldPlan:
     warpgroups: int
     stages: int
     ahead: int
+    blocks: int
     cluster: int
     row_blocks: int
     shared_bytes: int
@@ -260,10 +262,10 @@ def plan_field(layout: Layout, uniform: bool, tokens: int, device: Card) -> Fiel
 
     options = [(w, c) for w in range(most, 1, -1) for c in (1, 2, 4, 8) if c == 1 or c * 2 <= slices]
     warpgroups, cluster = min(options, key=cost)
-    stages = min(8, max(4, (100 << 10) // (width * 260)))
+    stages = 8
     shared = max(stages * width * 260, width * (warpgroups * 64 + 4) * 4)
     return FieldPlan(
-        width, tiles, warpgroups, stages, ahead, cluster, -(-layout.rows // (64 * warpgroups)),
+        width, tiles, warpgroups, stages, ahead, 1, cluster, -(-layout.rows // (64 * warpgroups)),
         shared,
     )
 
@@ -276,6 +278,7 @@ def _field_functions(
     defines = format_defines(layout, uniform, scale, x) | {"TOKENS": plan.tokens}
     main = defines | {
         "WARPGROUPS": plan.warpgroups, "STAGES": plan.stages, "AHEAD": plan.ahead,
+        "BLOCKS": plan.blocks,
     }
     return (
         plan,
@@ -303,7 +306,7 @@ def field_linear(
             layout.inputs, slices,
         ),
         (padded, 1, 1),
-        256,
+        1024,
     )
     arguments = _FieldArguments(
         planes.data_ptr(), scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(),
