@@ -1,6 +1,7 @@
 """Bit planes: binary-coded weights with a scale per plane and group, and an offset per group.
 
-    w[o, i] = sum_q alpha[q, o, g(i)] * b[q, o, i] + z[o, g(i)],   b in {-1, +1},  g(i) = i // group_size
+    w[o, i] = sum_q alpha[q, o, g(i)] * b[q, o, i] + z[o, g(i)]
+    b in {-1, +1},  g(i) = i // group_size
 
 This is extended BCQ (LUT-GEMM, arXiv 2206.09557, section 3). Plane 0 is the most significant, so a
 prefix of the planes is a lower-precision weight.

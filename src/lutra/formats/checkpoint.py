@@ -11,19 +11,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lutra.errors import CheckpointError, SchemeError
-from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
-from lutra.formats.grouped import Grouped
+from lutra.errors import CheckpointError
+from lutra.formats.folder import (
+    Weights,
+    find_weights,
+    folder_of,
+    inside,
+    is_side_file,
+    read_config,
+)
+from lutra.formats.layers import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    load_layer,
+    quantization_config,
+    read_quantization_config,
+    stored_tensor_shapes,
+)
 from lutra.formats.output import OutputFolder
 from lutra.formats.shard import (
     DTYPE_NAMES,
@@ -35,10 +48,10 @@ from lutra.formats.shard import (
     read_into,
     read_tensor,
 )
-from lutra.scheme import Format, Scheme
 
 __all__ = [
     "FORMAT_VERSION",
+    "QUANT_METHOD",
     "OutputFolder",
     "SourceCheckpoint",
     "check_finite",
@@ -47,10 +60,6 @@ __all__ = [
     "read_quantization_config",
     "stored_tensor_shapes",
 ]
-
-#: Version of the layout that this package writes. Readers accept it and every earlier one.
-FORMAT_VERSION = 1
-QUANT_METHOD = "lutra"
 
 WEIGHT_DTYPES = {"F64", "F32", "F16", "BF16"}
 # Masks and positions that old versions of transformers saved beside the weights.
@@ -65,14 +74,6 @@ _EMBEDDINGS = (
     "model.embed_tokens.weight", "model.decoder.embed_tokens.weight",
     "transformer.wte.weight", "gpt_neox.embed_in.weight",
 )  # fmt: skip
-_SIDE_SUFFIXES = {".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".py"}
-_SIDE_STEMS = ("license", "notice", "copying", "use_policy", "use-policy")
-_HUB_PATTERNS = [
-    "*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja",
-    "*.tiktoken", "*.bpe", "LICENSE*", "NOTICE*",
-]  # fmt: skip
-# Other forms of the same weights, which some repositories carry beside the usual one.
-_HUB_IGNORED = ["original/*", "onnx/*", "consolidated*"]
 
 
 class SourceCheckpoint:
@@ -106,11 +107,11 @@ class SourceCheckpoint:
             CheckpointError: the folder, its config, index or a shard is missing, damaged, unsafe,
                 of an unsupported dtype or already quantized.
         """
-        folder = _folder_of(src)
-        config = _read_config(folder)
+        folder = folder_of(src)
+        config = read_config(folder)
         if not quantized:
             _refuse_quantized(folder, config)
-        weights = _find_weights(folder)
+        weights = find_weights(folder)
         shards: _Shards
         if weights.pickled:
             warnings.warn(
@@ -225,7 +226,7 @@ class SourceCheckpoint:
         """
         folders = [self.path, self.path / "additional_chat_templates"]
         files = [f for folder in folders if folder.is_dir() for f in sorted(folder.iterdir())]
-        return [_inside(self.path, f) for f in files if f.is_file() and _is_side_file(f.name)]
+        return [inside(self.path, f) for f in files if f.is_file() and is_side_file(f.name)]
 
     def check_weights(self) -> None:
         """Read every tensor once, one at a time, and refuse NaN and infinite values.
@@ -282,155 +283,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
-# ---- finding the files
-
-
-@dataclass
-class _Weights:
-    """The files that hold the weights, and for each the tensors that an index promises there."""
-
-    folder: Path
-    files: list[Path]
-    promised: dict[str, str] = field(default_factory=dict)  # tensor name -> file name
-    index: Path | None = None
-    pickled: bool = False
-
-
-def _folder_of(src: str | Path) -> Path:
-    path = Path(src).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{path} is a file. Give the folder that holds config.json and the weights."
-        )
-    text = str(src)
-    if isinstance(src, Path) or text.count("/") > 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a hub id.")
-    return _fetch(text)
-
-
-def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_HUB_IGNORED)
-        )
-
-    problem: Exception
-    try:
-        folder = fetch(_HUB_PATTERNS)
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch(["pytorch_model*.bin", "pytorch_model.bin.index.json"])
-        return folder
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{hub_id!r} is neither a folder nor a hub id (organisation/name): {error}"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        problem = error
-    first_line = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-    raise CheckpointError(
-        f"{hub_id!r} is not a folder here and could not be fetched from the hub ({first_line}). "
-        "Check the name and the connection, log in if the model is gated (`hf auth login`), "
-        "or download it elsewhere and give its folder."
-    ) from problem
-
-
-def _inside(folder: Path, path: Path) -> Path:
-    """``path``, unless it is a link that leads out of ``folder``.
-
-    In the hub's cache every file of ``models--X/snapshots/COMMIT`` is a link into
-    ``models--X/blobs``; these are followed, and no others.
-    """
-    home = folder.resolve()
-    real = path.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        allowed.append(home.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{path} is a link to {real}, outside the checkpoint's folder. Links out of the folder "
-            "are not followed; put the file itself there if you trust it."
-        )
-    if real.exists() and not real.is_file():
-        raise CheckpointError(f"{path} is not a regular file. Fetch the checkpoint again.")
-    return path
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = _inside(folder, folder / name)
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} can not be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object. Fetch it again.")
-    return content
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").exists():
-        if any(folder.glob("*.gguf")):
-            raise CheckpointError(
-                f"{folder} holds a GGUF file, which is not read here. "
-                "Give the original safetensors checkpoint."
-            )
-        raise CheckpointError(
-            f"{folder} has no config.json. Give the folder of a Hugging Face checkpoint."
-        )
-    return _read_json(folder, "config.json")
-
-
-def _find_weights(folder: Path) -> _Weights:
-    """The weights transformers would load: one file before an index, safetensors before bin."""
-    for stem, suffix, pickled in (
-        ("model", "safetensors", False),
-        ("pytorch_model", "bin", True),
-    ):
-        single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
-        if os.path.lexists(single):
-            return _Weights(folder, [_inside(folder, single)], pickled=pickled)
-        if os.path.lexists(index):
-            return _from_index(folder, index, pickled)
-    others = sorted(f.name for f in folder.glob("*") if f.suffix in (".safetensors", ".bin"))
-    hint = f" It has {', '.join(others[:4])}, but no index that names them." if others else ""
-    raise CheckpointError(
-        f"{folder} has neither model.safetensors nor model.safetensors.index.json.{hint} "
-        "Is the download complete?"
-    )
-
-
-def _from_index(folder: Path, index: Path, pickled: bool) -> _Weights:
-    weight_map = _read_json(folder, index.name).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(f, str) and f for f in weight_map.values())
-    ):
-        raise CheckpointError(f'{index} has no "weight_map" from tensor to file. Fetch it again.')
-    files = []
-    for name in sorted(set(weight_map.values())):
-        pure = PurePosixPath(name.replace("\\", "/"))
-        drive = len(name) > 1 and name[1] == ":"
-        if pure.is_absolute() or ".." in pure.parts or drive or "\0" in name:
-            raise CheckpointError(
-                f"{index} names {name!r}, which is outside the folder. "
-                "Such an index is broken or hostile; get the checkpoint from its source."
-            )
-        path = folder / pure
-        if not path.exists():
-            tensors = sum(file == name for file in weight_map.values())
-            raise CheckpointError(
-                f"{path} is missing: {index.name} says that it holds {tensors} tensors. "
-                "Complete the download."
-            )
-        files.append(_inside(folder, path))
-    return _Weights(folder, files, weight_map, index, pickled)
+# ---- what can not be quantized
 
 
 def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
@@ -477,32 +330,26 @@ def _spellings(name: str) -> Iterator[str]:
         yield prefix + name
 
 
-def _is_side_file(name: str) -> bool:
-    lower = name.lower()
-    if lower == "config.json" or lower.startswith(("readme", ".")):
-        return False
-    if ".index." in lower:
-        return False
-    return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(_SIDE_STEMS)
-
-
 # ---- reading the files
 
 
-class _Shards:
+class _Shards(ABC):
     """Tensors of all files together: what the two kinds of file have in common."""
 
     tensors: dict[str, TensorInfo]
     place: dict[str, Path]
 
+    @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """One tensor, in memory of its own."""
 
+    @abstractmethod
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        raise NotImplementedError
+        """Some rows of a tensor, in memory of their own."""
 
+    @abstractmethod
     def identity(self) -> Iterator[bytes]:
-        raise NotImplementedError
+        """What tells these files from others, for the fingerprint."""
 
     def position(self, name: str) -> tuple[str, int]:
         """Sorts tensors as they lie in the files, so that reading all of them is sequential."""
@@ -510,7 +357,7 @@ class _Shards:
 
 
 def _merge(
-    weights: _Weights, contents: Iterable[tuple[Path, Mapping[str, TensorInfo]]]
+    weights: Weights, contents: Iterable[tuple[Path, Mapping[str, TensorInfo]]]
 ) -> tuple[dict[str, TensorInfo], dict[str, Path]]:
     """All tensors and the file of each; every promise of the index is checked."""
     tensors: dict[str, TensorInfo] = {}
@@ -542,7 +389,7 @@ class _SafetensorsShards(_Shards):
         self.headers, self.tensors, self.place = headers, tensors, place
 
     @classmethod
-    def open(cls, weights: _Weights) -> _SafetensorsShards:
+    def open(cls, weights: Weights) -> _SafetensorsShards:
         headers = [read_header(path) for path in weights.files]
         return cls(headers, *_merge(weights, ((h.path, h.tensors) for h in headers)))
 
@@ -583,7 +430,7 @@ class _PickledShards(_Shards):
         self._held: tuple[Path, dict[str, Tensor]] | None = None
 
     @classmethod
-    def open(cls, weights: _Weights) -> _PickledShards:
+    def open(cls, weights: Weights) -> _PickledShards:
         def info(tensor: Tensor) -> TensorInfo:
             nbytes = tensor.numel() * tensor.element_size()
             dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
@@ -649,116 +496,3 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} is not a table of dense tensors. {advice}")
     return content
-
-
-# ---- our own output
-
-
-def quantization_config(scheme: Scheme, **facts: Any) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint that we write; ``facts`` are further keys."""
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "scheme": scheme.to_json(),
-        **facts,
-    }
-
-
-def read_quantization_config(config: Mapping[str, Any]) -> Scheme:
-    """The scheme of a checkpoint that we wrote.
-
-    Args:
-        config: the content of ``config.json``, or of its ``quantization_config``.
-
-    Raises:
-        CheckpointError: not our checkpoint, written by a newer version, or damaged.
-    """
-    ours = config.get("quantization_config", config)
-    if not isinstance(ours, Mapping) or "quant_method" not in ours:
-        raise CheckpointError("the checkpoint is not quantized: its config.json does not say how")
-    if ours["quant_method"] != QUANT_METHOD:
-        raise CheckpointError(
-            f"the checkpoint was quantized by {ours['quant_method']!r}, not by lutra"
-        )
-    version = ours.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"quantization_config has format_version {version!r}, not a number")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {version}, and this lutra reads up to "
-            f"{FORMAT_VERSION}. Upgrade: pip install --upgrade lutra"
-        )
-    try:
-        return Scheme.from_json(ours.get("scheme"))
-    except SchemeError as error:
-        raise CheckpointError(f"quantization_config in config.json is damaged: {error}") from error
-
-
-def stored_tensor_shapes(
-    format: Format, out_features: int, in_features: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a quantized layer, by suffix; no weights needed."""
-    groups = groups_per_row(in_features, format.group_size_for(in_features))
-    scale = format.scale_dtype
-    scales = format.bits if format.kind == "bcq" else 1
-    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "weight": (torch.int32, (format.bits, out_features, words_per_row(in_features))),
-        "weight_scale": (scale, (scales, out_features, groups)),
-    }
-    if format.kind == "int":
-        shapes["weight_zero_point"] = (torch.uint8, (out_features, groups))
-        return shapes
-    shapes["weight_offset"] = (scale, (out_features, groups))
-    for bits in format.serve_bits:
-        served = bits if format.kind == "bcq" else 1
-        shapes[f"weight_scale_{bits}bit"] = (scale, (served, out_features, groups))
-        shapes[f"weight_offset_{bits}bit"] = (scale, (out_features, groups))
-    return shapes
-
-
-def load_layer(
-    checkpoint: SourceCheckpoint, layer: str, format: Format, in_features: int
-) -> BitPlanes | Grouped:
-    """Read one quantized layer by the full name that it has in the module tree.
-
-    Raises:
-        CheckpointError: a tensor is missing, or its dtype or shape is not that of the format.
-    """
-    first = checkpoint.resolve(f"{layer}.weight")
-    if first is None:
-        raise CheckpointError(f"{checkpoint.path} has no tensor '{layer}.weight'")
-    stem = first.removesuffix(".weight")
-    shape = checkpoint.shape(first)
-    if len(shape) != 3:
-        raise CheckpointError(
-            f"tensor {first!r} has shape {list(shape)}; a layer quantized as {format} has three "
-            "dimensions [bits, out, words]. The file does not fit its quantization_config."
-        )
-    tensors = {}
-    for suffix, (dtype, wanted) in stored_tensor_shapes(format, shape[1], in_features).items():
-        name = f"{stem}.{suffix}"
-        if name not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.path} has no tensor {name!r}, which {format} needs. "
-                "The checkpoint is incomplete."
-            )
-        if checkpoint.shape(name) != wanted or checkpoint.dtype(name) != dtype:
-            raise CheckpointError(
-                f"tensor {name!r} is {checkpoint.dtype(name)} {list(checkpoint.shape(name))}; "
-                f"{format} with {in_features} inputs needs {dtype} {list(wanted)}."
-            )
-        tensors[suffix] = checkpoint.tensor(name)
-    group_size = format.group_size_for(in_features)
-    if format.kind == "int":
-        return Grouped(
-            tensors["weight"], tensors["weight_scale"], tensors["weight_zero_point"],
-            in_features, group_size,
-        )  # fmt: skip
-    served = {
-        b: (tensors[f"weight_scale_{b}bit"], tensors[f"weight_offset_{b}bit"])
-        for b in format.serve_bits
-    }
-    return BitPlanes(
-        tensors["weight"], tensors["weight_scale"], tensors["weight_offset"],
-        in_features, group_size, served or None,
-    )  # fmt: skip
