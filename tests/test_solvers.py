@@ -244,9 +244,7 @@ def test_feedback_equals_the_definition(shape, kind):
     # A weight that lies between two levels may fall to either side; then its row differs after it.
     close = torch.isclose(solution.decode(), expected, rtol=1e-3, atol=1e-5)
     assert close.float().mean() > 0.97
-    found, naive = (
-        output_error(weight, dense, hessian) for dense in (solution.decode(), expected)
-    )
+    found, naive = (output_error(weight, dense, hessian) for dense in (solution.decode(), expected))
     assert abs(found - naive) <= 0.02 * naive
 
 

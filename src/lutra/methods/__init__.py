@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -138,7 +139,8 @@ class Method:
         """The options dataclass from ``--set`` values.
 
         Raises:
-            SchemeError: an option does not exist or has the wrong type; names the nearest.
+            SchemeError: an option does not exist (names the nearest), or has the wrong type or a
+                value out of range.
         """
         known = {f.name: f for f in fields(self.options)}
         for key, value in values.items():
@@ -208,6 +210,17 @@ def check_choice(method_name: str, option: str, value: str, allowed: tuple[str, 
     if value not in allowed:
         raise SchemeError(
             f"option {option} of method {method_name} is one of {', '.join(allowed)}, not {value!r}"
+        )
+
+
+def check_range(
+    method_name: str, option: str, value: float, least: float, most: float = math.inf
+) -> None:
+    """Raise a SchemeError if an option's value is not finite, or not from least to most."""
+    if not (math.isfinite(value) and least <= value <= most):
+        end = "" if most == math.inf else f" and at most {most}"
+        raise SchemeError(
+            f"option {option} of method {method_name} must be at least {least}{end}, not {value}"
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lutra.architectures import FoldSite, expand_scale, fold, reduce_scale
 from lutra.formats.bitplanes import BitPlanes
 from lutra.formats.grouped import Grouped
-from lutra.methods import Block, Result, method
+from lutra.methods import Block, Result, check_range, method
 from lutra.methods.pack import pack
 from lutra.scheme import Format
 from lutra.solvers import ranges
@@ -39,6 +39,9 @@ class Options:
 
     grid: int = 20
     clip: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("awq", "grid", self.grid, 0)
 
 
 @method(

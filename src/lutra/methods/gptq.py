@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lutra.formats.bitplanes import BitPlanes
 from lutra.formats.grouped import Grouped
-from lutra.methods import Block, Result, check_choice, method
+from lutra.methods import Block, Result, check_choice, check_range, method
 from lutra.methods.pack import pack
 from lutra.solvers import ranges
 from lutra.solvers.gptq_loop import quantize_with_feedback
@@ -35,6 +35,10 @@ class Options:
     damping: float = 0.01
     clip: str = "none"
 
+    def __post_init__(self) -> None:
+        check_range("gptq", "damping", self.damping, 0)
+        check_choice("gptq", "clip", self.clip, ("none", "search"))
+
 
 @method(
     "gptq",
@@ -43,8 +47,6 @@ class Options:
     needs=lambda options: frozenset({"hessian"}),
 )
 def quantize(block: Block, options: Options) -> Result:
-    check_choice("gptq", "clip", options.clip, ("none", "search"))
-
     def solve(path: str, weight_OI: Tensor) -> BitPlanes | Grouped:
         format = block.formats[path]
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.methods import Block, InputStatistics, Result, check_choice, method
+from lutra.methods import Block, InputStatistics, Result, check_choice, check_range, method
 from lutra.methods.pack import pack, sorted_planes
 from lutra.scheme import Format
 from lutra.solvers import bcq, ranges
@@ -82,6 +82,14 @@ class Options:
     learning_rate: float = 0.01
     scale_learning_rate: float = 0.001
 
+    def __post_init__(self) -> None:
+        check_choice("lut-gemm", "solver", self.solver, SOLVERS)
+        for option, least in (
+            ("damping", 0), ("rounds", 0), ("steps", 0), ("batch", 1), ("learning_rate", 0),
+            ("scale_learning_rate", 0),
+        ):  # fmt: skip
+            check_range("lut-gemm", option, getattr(self, option), least)
+
 
 def _needs(options: Options) -> frozenset[str]:
     needs = {"hessian"} if options.calibrated else set()
@@ -100,8 +108,6 @@ def _needs(options: Options) -> frozenset[str]:
     needs=_needs,
 )
 def quantize(block: Block, options: Options) -> Result:
-    check_choice("lut-gemm", "solver", options.solver, SOLVERS)
-
     def solve(path: str, weight_OI: Tensor) -> dict[int, Solution]:
         return _ladder(weight_OI, block.inputs.get(path), block.formats[path], options)
 

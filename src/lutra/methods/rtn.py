@@ -30,11 +30,12 @@ class Options:
 
     clip: str = "none"
 
+    def __post_init__(self) -> None:
+        check_choice("rtn", "clip", self.clip, ("none", "search"))
+
 
 @method("rtn", paper="round to nearest (baseline)", options=Options)
 def quantize(block: Block, options: Options) -> Result:
-    check_choice("rtn", "clip", options.clip, ("none", "search"))
-
     def solve(path: str, weight_OI: Tensor) -> BitPlanes | Grouped:
         format = block.formats[path]
 
