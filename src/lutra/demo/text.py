@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -46,10 +46,22 @@ def held_out_text() -> str:
 
 def training_documents() -> list[str]:
     """Topics, then one document per standard-library module, in alphabetical order."""
+    return _without_overlap((*_topic_texts(), *_module_texts()))
+
+
+def calibration_text() -> str:
+    """What a quantizer may look at: the topics of the training text, some 290 kB.
+
+    The docstrings are left out only because parsing the standard library takes seconds.
+    """
+    return "\n".join(_without_overlap(_topic_texts()))
+
+
+def _without_overlap(texts: Iterable[str]) -> list[str]:
     held_out = set(_runs(held_out_text()))
     seen: set[str] = set()
     documents = []
-    for text in (*_topic_texts(), *_module_texts()):
+    for text in texts:
         kept = []
         for paragraph in text.split("\n\n"):
             key = " ".join(paragraph.split())
@@ -59,11 +71,6 @@ def training_documents() -> list[str]:
         if kept:
             documents.append("\n\n".join(kept) + "\n")
     return documents
-
-
-def calibration_text(share: int = 1) -> str:
-    """One training document in ``share``, joined: what a quantizer may look at."""
-    return "\n".join(training_documents()[::share])
 
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
