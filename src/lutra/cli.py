@@ -386,7 +386,7 @@ def demo(
     """Quantize the small model that comes with the package in several ways and compare them."""
     from lutra.demo import run
 
-    result = run(output)
+    result = run(output, on_stderr=as_json)
     if as_json:
         _print_json(result)
 
