@@ -35,17 +35,15 @@ def pack(
         return Grouped.from_codes(
             solution.codes_OI, step_OG, zero_OG, format.bits, solution.group_size, dtype
         )
-    dtype = scale_dtype(scale, offset)
+    lower_scales = {bits: stored_scales(lower) for bits, lower in sorted((served or {}).items())}
+    # One dtype for all, as the format has one; lower precisions can have the largest scales.
+    dtype = scale_dtype(scale, offset, *(t for pair in lower_scales.values() for t in pair))
     packed = BitPlanes(
         pack_codes(solution.codes_OI, format.bits), scale.to(dtype), offset.to(dtype),
         solution.codes_OI.shape[1], solution.group_size,
     )  # fmt: skip
-    for bits, lower in sorted((served or {}).items()):
-        lower_scale, lower_offset = stored_scales(lower)
-        packed.served = {
-            **(packed.served or {}),
-            bits: (lower_scale.to(dtype), lower_offset.to(dtype)),
-        }
+    if lower_scales:
+        packed.served = {b: (s.to(dtype), o.to(dtype)) for b, (s, o) in lower_scales.items()}
     return packed
 
 
@@ -53,12 +51,10 @@ def stored_scales(solution: Solution) -> tuple[Tensor, Tensor]:
     """Scale ``[planes or 1, out, groups]`` and offset ``[out, groups]`` of a solution, float32."""
     first = solution.levels[0]
     offset_OG = torch.stack([lv.offset_N for lv in solution.levels], dim=1)
+    scale_POG = torch.stack([lv.scales_PN for lv in solution.levels], dim=2)
     if isinstance(first, UniformLevels):
-        step_OG = torch.stack([lv.step_N for lv in solution.levels], dim=1)
-        return step_OG[None] * 2.0 ** (first.bits - 2), offset_OG
-    assert isinstance(first, FreeLevels)
-    alpha_OQG = torch.stack([lv.alpha_NQ for lv in solution.levels], dim=2)
-    return alpha_OQG.permute(1, 0, 2).contiguous(), offset_OG
+        scale_POG = scale_POG * 2.0 ** (first.bits - 2)  # from the step to alpha of plane 0
+    return scale_POG, offset_OG
 
 
 def sorted_planes(solution: Solution) -> Solution:

@@ -4,7 +4,7 @@ Both kinds answer the same questions (which code is nearest, what is a code wort
 AWQ, clipping and coordinate descent are written once. They are asked once per column of a matrix,
 so what does not depend on the weights is computed once.
 
-Shape suffixes: N groups (any batch of rows), S inputs, Q planes, L levels.
+Shape suffixes: N groups (any batch of rows), S inputs, Q planes, P stored scales, L levels.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class UniformLevels:
     step_N: Tensor
     offset_N: Tensor
     bits: int
+
+    @property
+    def scales_PN(self) -> Tensor:
+        """What is trained and stored: the step, ``[1, N]``."""
+        return self.step_N[None]
 
     @property
     def center(self) -> float:
@@ -64,6 +69,15 @@ class FreeLevels:
 
     alpha_NQ: Tensor
     offset_N: Tensor
+
+    @property
+    def bits(self) -> int:
+        return self.alpha_NQ.shape[1]
+
+    @property
+    def scales_PN(self) -> Tensor:
+        """What is trained and stored: the scale of every plane, ``[Q, N]``."""
+        return self.alpha_NQ.T
 
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,14 +69,9 @@ class TrainableWeight(nn.Module):
         first = solution.levels[0]
         self.group_size, self.in_features = solution.group_size, weight_OI.shape[1]
         self.uniform = isinstance(first, UniformLevels)
+        self.bits = first.bits
         offset_OG = torch.stack([lv.offset_N for lv in solution.levels], 1)
-        if isinstance(first, UniformLevels):
-            self.bits = first.bits
-            scale_POG = torch.stack([lv.step_N for lv in solution.levels], 1)[None]
-        else:
-            alpha_OQG = torch.stack([lv.alpha_NQ for lv in solution.levels], 2)
-            scale_POG = alpha_OQG.permute(1, 0, 2).contiguous()
-            self.bits = len(scale_POG)
+        scale_POG = torch.stack([lv.scales_PN for lv in solution.levels], 2)
         # Trained relative to a typical scale, so that one learning rate suits every matrix.
         self.unit = float(scale_POG[0].abs().mean().clamp_min(1e-12))
         self.scale = nn.Parameter(scale_POG / self.unit)
