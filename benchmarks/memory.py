@@ -156,11 +156,12 @@ def main() -> None:
             text.write_text("All work and no play makes a dull calibration text. " * 2000)
             command += ["--calibration", str(text), "--samples", str(options.samples)]
             command += ["--seq-len", str(options.seq_len)]
-        limit = int(options.limit_gib * 2**30)
-        seconds, peak = quantize(command, limit)
         expected = plan(
             source, options.method, options.bits, samples=options.samples, seq_len=options.seq_len
         )
+        machine = _machine()
+        limit = int(options.limit_gib * 2**30)
+        seconds, peak = quantize(command, limit)
         source_bytes = SourceCheckpoint.open(source).total_bytes()
         output_bytes = SourceCheckpoint.open(destination, quantized=True).total_bytes()
         row = {
@@ -175,7 +176,7 @@ def main() -> None:
             "planned_output_bytes": expected["output_bytes"],
             "seconds": seconds,
             "command": "python benchmarks/memory.py " + " ".join(sys.argv[1:]),
-            "machine": _machine(),
+            "machine": machine,
         }
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     same = ("source_bytes", "limit_bytes", "method", "bits")
