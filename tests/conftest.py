@@ -83,11 +83,13 @@ def save_tiny_model(
 ) -> Path:
     """Write a random model of a family, with its tokenizer, in several shards; return ``folder``.
 
+    A family that is not among TINY_FAMILIES needs its whole config as keywords.
+
     Norms and biases get random values too: at 1 and 0 they would hide mistakes.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = TINY_FAMILIES[family] | {
+    values = TINY_FAMILIES.get(family, {}) | {
         "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
     torch.manual_seed(seed)

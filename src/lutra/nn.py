@@ -160,12 +160,14 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._release()
-        scales = {n: self._parameters[n] for n in self._stored_names if n != "weight"}
+        # The tensors, not the parameters: those get their new values in place.
+        parameters = {n: self._parameters[n] for n in self._stored_names if n != "weight"}
+        scales = {n: None if p is None else p.data for n, p in parameters.items()}
         super()._apply(fn, recurse)
         for name, before in scales.items():  # .half() and .to(dtype) must not round the scales
             after = self._parameters[name]
             if before is not None and after is not None and after.dtype != before.dtype:
-                kept = before.data.to(after.device)
+                kept = before.to(after.device)
                 self._parameters[name] = nn.Parameter(kept, requires_grad=False)
         return self
 

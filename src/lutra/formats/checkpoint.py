@@ -91,6 +91,7 @@ class SourceCheckpoint:
         self.path = path
         self.config = config
         self._shards = shards
+        self._embedding_names: tuple[str, ...] = _EMBEDDINGS
 
     @classmethod
     def open(cls, src: str | Path, *, quantized: bool = False) -> SourceCheckpoint:
@@ -214,8 +215,12 @@ class SourceCheckpoint:
             return False
         return bool(self.config.get("tie_word_embeddings", True)) and self._embedding() is not None
 
+    def name_embedding(self, name: str) -> None:
+        """Say what the module tree calls the embedding, for families that name it otherwise."""
+        self._embedding_names = (name, *_EMBEDDINGS)
+
     def _embedding(self) -> str | None:
-        found = (c for name in _EMBEDDINGS for c in _spellings(name) if c in self)
+        found = (c for name in self._embedding_names for c in _spellings(name) if c in self)
         return next(found, None)
 
     def side_files(self) -> list[Path]:

@@ -90,10 +90,12 @@ class LutraQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # A model that was saved passes the dtype's name, as its config then holds it.
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
-                model.set_submodule(name, dense_linear(module, dtype or model.dtype))
+                model.set_submodule(name, dense_linear(module, wanted))
         return model
 
 

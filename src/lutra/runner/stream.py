@@ -7,7 +7,7 @@ tables, positions) is recorded from transformers' own forward pass, so no family
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,24 @@ from lutra.formats.checkpoint import SourceCheckpoint, check_finite
 
 class _Stop(Exception):
     """Ends a forward pass once the last block's arguments are known."""
+
+
+class _StandIn(nn.Module):
+    """Stands in for a block and returns what it is given, whatever reaches it."""
+
+    def __init__(self, block: nn.Module, output: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # for its attributes only, as below
+        self.output = output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
 
 
 class _Recorder(nn.Module):
@@ -69,7 +87,12 @@ class StreamedModel:
         self.model.requires_grad_(False)
         self.architecture: Architecture = architecture_of(checkpoint.config, self.model)
         self.blocks: nn.ModuleList = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        for name, module in self.model.named_modules():
+            if module is embedding:
+                checkpoint.name_embedding(f"{name}.weight")
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._returns_tuple = False
         self._example_1T: Tensor | None = None
         self._make_buffers()
 
@@ -137,9 +160,15 @@ class StreamedModel:
     def _stored(self, name: str, shape: tuple[int, ...]) -> str:
         stored = self.checkpoint.resolve(name)
         if stored is None:
+            advice = "Is a shard missing?"
+            if not self.architecture.known:
+                advice += (
+                    " Or this family, which has no entry in lutra.architectures, stores its "
+                    "weights under other names than it runs them (mixtures of experts do)."
+                )
             raise CheckpointError(
                 f"{self.checkpoint.path} has no tensor {name!r}, which a "
-                f"{self.architecture.family} model of this config needs. Is a shard missing?"
+                f"{self.architecture.family} model of this config needs. {advice}"
             )
         if self.checkpoint.shape(stored) != shape:
             raise CheckpointError(
@@ -182,32 +211,40 @@ class StreamedModel:
         """
         self._example_1T = ids_NT[:1].clone()
         recorders = [_Recorder(b, i + 1 == len(self.blocks)) for i, b in enumerate(self.blocks)]
+        hidden: list[Tensor] = []
+        with (
+            self.loaded(*self.architecture.prelude),
+            self._in_place_of_blocks(recorders),
+            torch.no_grad(),
+        ):
+            for ids in ids_NT.split(batch):
+                try:
+                    self.model(input_ids=ids.to(self.device), use_cache=False)
+                except _Stop:
+                    pass
+                first = recorders[0]
+                assert first.hidden is not None
+                hidden.append(first.hidden.detach().clone())
+                if len(ids) not in self._calls:
+                    calls = [r.call for r in recorders]
+                    self._calls[len(ids)] = [c for c in calls if c is not None]
+        return torch.cat(hidden)
+
+    @contextmanager
+    def _in_place_of_blocks(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         owner, _, attribute = self.architecture.blocks.rpartition(".")
         parent = self.model.get_submodule(owner)
-        original = self.blocks
-        hidden: list[Tensor] = []
-        with self.loaded(*self.architecture.prelude), torch.no_grad():
-            setattr(parent, attribute, nn.ModuleList(recorders))
-            try:
-                for ids in ids_NT.split(batch):
-                    try:
-                        self.model(input_ids=ids.to(self.device), use_cache=False)
-                    except _Stop:
-                        pass
-                    first = recorders[0]
-                    assert first.hidden is not None
-                    hidden.append(first.hidden.detach().clone())
-                    if len(ids) not in self._calls:
-                        calls = [r.call for r in recorders]
-                        self._calls[len(ids)] = [c for c in calls if c is not None]
-            finally:
-                setattr(parent, attribute, original)
-        return torch.cat(hidden)
+        setattr(parent, attribute, nn.ModuleList(modules))
+        try:
+            yield
+        finally:
+            setattr(parent, attribute, self.blocks)
 
     def run_block(self, index: int, hidden_NTD: Tensor) -> Tensor:
         """Output of a loaded block. Samples are as long as those that :meth:`embed` has seen."""
         args, kwargs = self._arguments(index, len(hidden_NTD))
         output = self.blocks[index](hidden_NTD, *args, **kwargs)
+        self._returns_tuple = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
 
     def call_block(self, index: int, parameters: dict[str, Tensor], hidden_NTD: Tensor) -> Tensor:
@@ -224,11 +261,66 @@ class StreamedModel:
             self.embed(self._example_1T.expand(samples, -1), samples)
         return self._calls[samples][index]
 
+    @contextmanager
+    def tail(self) -> Iterator[None]:
+        """What :meth:`finish` and :meth:`logits` need in memory, for the length of a ``with``."""
+        known = self.architecture.known
+        with self.loaded(*(self.architecture.epilogue if known else self.architecture.prelude)):
+            yield
+
     def finish(self, hidden_NTD: Tensor) -> Tensor:
         """What the head reads: the hidden state through the modules behind the last block."""
+        if not self.architecture.known:
+            return self._own_forward(hidden_NTD, None)
         for path in self.architecture.epilogue:
             hidden_NTD = self.model.get_submodule(path)(hidden_NTD)
         return hidden_NTD
+
+    def logits(self, hidden_NTD: Tensor, head: Mapping[str, Tensor]) -> Tensor:
+        """Logits of what :meth:`finish` gives.
+
+        Args:
+            hidden_NTD: output of :meth:`finish`.
+            head: the head's ``weight`` and, if it has one, ``bias``.
+        """
+        if not self.architecture.known:
+            return self._own_forward(hidden_NTD, head)
+        return nn.functional.linear(hidden_NTD, head["weight"], head.get("bias"))
+
+    def _own_forward(self, hidden_NTD: Tensor, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        """The model's own forward pass, since only it knows what a family outside the table does
+        behind the blocks (norms, multipliers, capped logits).
+
+        Args:
+            hidden_NTD: what the last block gives; with ``parameters``, what the head reads.
+            parameters: of the head. Without them the answer is what the head reads, else logits.
+        """
+        assert self._example_1T is not None, "embed() comes first"
+        head = self.model.get_submodule(self.architecture.head)
+        read: list[Tensor] = []
+
+        def at_head(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            if parameters is not None:
+                return (hidden_NTD, *inputs[1:])
+            read.append(inputs[0])
+            raise _Stop
+
+        behind_NTD = hidden_NTD.to(self.dtype)
+        output = (behind_NTD,) if self._returns_tuple else behind_NTD
+        ids = self._example_1T.expand(len(hidden_NTD), -1).to(self.device)
+        kept = dict(head._parameters)
+        handle = head.register_forward_pre_hook(at_head)
+        try:
+            for name, value in (parameters or {}).items():
+                head._parameters[name] = nn.Parameter(value, requires_grad=False)
+            stand_ins = [_StandIn(b, output) for b in self.blocks]
+            with self._in_place_of_blocks(stand_ins), torch.no_grad():
+                return self.model(input_ids=ids, use_cache=False).logits
+        except _Stop:
+            return read[0]
+        finally:
+            handle.remove()
+            head._parameters.update(kept)
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:

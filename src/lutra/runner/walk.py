@@ -442,7 +442,7 @@ class _Walk:
         cost: dict[str, Any] = {}
         hidden: dict[str, Tensor] = {}
         if streams:
-            with self.streamed.loaded(*self.architecture.epilogue), torch.no_grad():
+            with self.streamed.tail(), torch.no_grad():
                 for name, stream in streams.items():
                     parts = stream.to(self.device).split(self._batch)
                     hidden[name] = torch.cat([self.streamed.finish(p) for p in parts])
@@ -500,28 +500,33 @@ class _Walk:
     ) -> dict[str, Any]:
         """Perplexity before and after, and KL divergence, on the tracked calibration samples."""
         assert self.calibration is not None
-        heads = {"original": head_OI, "quantized": quantized_head_OI}
-        bias = None
+        heads = {"original": {"weight": head_OI}, "quantized": {"weight": quantized_head_OI}}
         bias_name = self.checkpoint.resolve(f"{self.head}.bias")
         if bias_name is not None:
-            bias = self.checkpoint.tensor(bias_name).to(self.device, torch.float32)
-        heads = {k: w.to(self.device, torch.float32) for k, w in heads.items()}
+            for head in heads.values():
+                head["bias"] = self.checkpoint.tensor(bias_name)
+        heads = {
+            k: {n: t.to(self.device, torch.float32) for n, t in head.items()}
+            for k, head in heads.items()
+        }
         nll = dict.fromkeys(heads, 0.0)
         divergence, tokens = 0.0, 0
-        for sample in range(min(TRACKED_SAMPLES, len(self.calibration.ids_NT))):
-            targets = self.calibration.ids_NT[sample, 1:].to(self.device)
-            logp = {}
-            for k, weight_VD in heads.items():
-                hidden_ND = hidden[k][sample, :-1].float()
-                logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias)
-                logp[k] = logits_NV.log_softmax(-1)
-            for k, value in logp.items():
-                nll[k] -= float(value.gather(1, targets[:, None]).sum())
-            original = logp["original"]
-            divergence += float((original.exp() * (original - logp["quantized"])).sum())
-            tokens += len(targets)
+        with self.streamed.tail():
+            for sample in range(min(TRACKED_SAMPLES, len(self.calibration.ids_NT))):
+                targets = self.calibration.ids_NT[sample, 1:].to(self.device)
+                logp = {}
+                for k, head in heads.items():
+                    hidden_1ND = hidden[k][sample : sample + 1].float()
+                    logits_NV = self.streamed.logits(hidden_1ND, head)[0, :-1]
+                    logp[k] = logits_NV.log_softmax(-1)
+                for k, value in logp.items():
+                    nll[k] -= float(value.gather(1, targets[:, None]).sum())
+                original = logp["original"]
+                divergence += float((original.exp() * (original - logp["quantized"])).sum())
+                tokens += len(targets)
         return {
-            "perplexity_original": math.exp(nll["original"] / tokens),
+            # A broken model's perplexity may leave the range of numbers.
+            "perplexity_original": math.exp(min(nll["original"] / tokens, 700.0)),
             "perplexity_quantized": math.exp(min(nll["quantized"] / tokens, 700.0)),
             "kl_mean": divergence / tokens,
             "tokens": tokens,
