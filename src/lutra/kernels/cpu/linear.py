@@ -62,15 +62,15 @@ def native() -> Any:
     return _native
 
 
-# Largest batches for lookup tables by bits, with more bits than listed like the last. Measured with
-# 4096 x 4096 in groups of 128; docs/performance-cpu.md has the times on both sides.
+# Largest batches for lookup tables by bits; the fifth number is for all above 4, whose decoding takes
+# two lookups and is slow. Measured with 4096 x 4096 in groups of 128 (docs/performance-cpu.md).
 MOST_ROWS_BY_TABLES = {
     # (matrix unit, numerics): a matrix unit multiplies decoded weights in one pass, in three where
     # activations of more than bfloat16's precision must keep it, or torch multiplies them.
-    ("tiles", "exact"): (16, 8, 6, 5),
-    ("tiles", "fast"): (32, 12, 9, 7),
-    ("three tiles", "exact"): (96, 12, 8, 6),
-    ("torch", "exact"): (48, 32, 24, 20, 12),
+    ("tiles", "exact"): (22, 14, 11, 9, 16),
+    ("tiles", "fast"): (48, 28, 20, 15, 24),
+    ("three tiles", "exact"): (96, 40, 22, 16, 24),
+    ("torch", "exact"): (48, 32, 24, 20, 16),
     ("torch", "fast"): (96, 64, 48, 40, 24),
 }
 
