@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 
 from lutra.formats.bitplanes import BitPlanes, groups_per_row
-from lutra.kernels.cuda import CudaKernel, kernels
+from lutra.kernels.cuda import CudaKernel, kernels, tuning
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import from_kernel_order, layout_of, to_kernel_order
-from lutra.kernels.cuda.products import choose, plan_few, plan_field
+from lutra.kernels.cuda.plans import (
+    DensePlan,
+    FewPlan,
+    FieldPlan,
+    dense_plans,
+    few_plans,
+    field_plans,
+)
+from lutra.kernels.cuda.tuning import choose
 from lutra.kernels.dispatch import LinearSpec
 
-H200 = Card(0, "NVIDIA H200", (9, 0), 132, 232448)
-L4 = Card(0, "NVIDIA L4", (8, 9), 58, 101376)
+H200 = Card(0, "a Hopper card", (9, 0), 132, 232448, 233472)
+L4 = Card(0, "an Ada card", (8, 9), 58, 101376, 102400)
 
 
 def random_weight(
@@ -61,26 +73,55 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
     for shape in shapes:
         for group_size in (32, 128, 1 << 20):
             layout = layout_of(*shape, bits, group_size, False)
-            assert plan_few(layout, 2, 1, card) is not None
+            assert few_plans(layout, 2, 1, card)
             for tokens in (1, 2, 3, 8, 16):
-                plan = plan_few(layout, 4, tokens, card)
-                if plan is not None:
+                for plan in few_plans(layout, 4, tokens, card):
+                    assert plan.shared_bytes * plan.blocks <= card.processor_shared_bytes
                     assert plan.shared_bytes <= card.shared_bytes
                     assert plan.tokens >= tokens and plan.warps % plan.k_warps == 0
                     assert plan.panel_items >= min(plan.k_warps, layout.items)
-            for tokens in (5, 16, 33, 100):
-                field = plan_field(layout, False, tokens, H200)
-                assert field.shared_bytes <= H200.shared_bytes
-                assert field.tokens * field.token_tiles >= tokens
-                assert field.row_blocks * field.warpgroups * 64 >= shape[0]
+            for tokens in (5, 16, 33, 100, 300):
+                fields = field_plans(layout, False, tokens, card)
+                assert bool(fields) == (card is H200 and layout.group >= 128)
+                for field in fields:
+                    assert field.shared_bytes <= card.shared_bytes
+                    assert (field.shared_bytes + 1024) * field.blocks <= card.processor_shared_bytes
+                    assert field.row_blocks * field.warpgroups * 64 >= shape[0]
+            for dense in dense_plans(layout):
+                assert dense.rows % 16 == 0 and dense.rows > 0
 
 
 def test_choice_comes_with_a_reason() -> None:
     layout = layout_of(4096, 4096, 3, 128, True)
-    names = [choose(layout, True, 2, tokens, H200)[0] for tokens in (1, 16, 4096)]
-    assert names == ["few", "field", "dense"]
-    assert choose(layout, True, 2, 40, L4) == choose(layout, True, 2, 41, L4)
+    kinds = [type(choose(layout, True, 2, tokens, H200)[0]) for tokens in (1, 16, 4096)]
+    assert kinds == [FewPlan, FieldPlan, DensePlan]
+    assert type(choose(layout, True, 2, 40, L4)[0]) is DensePlan
     assert all(choose(layout, True, 2, tokens, L4)[1] for tokens in (1, 40))
+
+
+def test_measured_table_is_read_and_a_broken_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LUTRA_CACHE", str(tmp_path))
+    layout = layout_of(4096, 4096, 3, 128, True)
+    plan = few_plans(layout, 2, 16, H200)[0]
+    row = {"shape": "4096x4096", "format": "ubcq3g128", "tokens": 16, "us": 9.5,
+           "plan": asdict(plan)}
+    path = tuning.user_table(tuning.table_name(H200))
+    tuning.save([row], H200, path)
+    assert choose(layout, True, 2, 12, H200)[0] == plan
+    assert "9.5 us" in choose(layout, True, 2, 12, H200)[1]
+    assert isinstance(choose(layout, True, 2, 17, H200)[0], FieldPlan)
+    row["plan"] = asdict(plan) | {"shared_bytes": 1 << 20}  # a table of another version
+    tuning.save([row], H200, path)
+    assert isinstance(choose(layout, True, 2, 12, H200)[0], FieldPlan)
+    path.write_text("{")
+    tuning._table.cache_clear()
+    choose.cache_clear()
+    assert isinstance(choose(layout, True, 2, 12, H200)[0], FieldPlan)
+    assert "is not used" in caplog.text
+    tuning._table.cache_clear()
+    choose.cache_clear()
 
 
 def test_refusals_are_sentences() -> None:
@@ -102,3 +143,69 @@ def test_fake_op_gives_shape_and_dtype() -> None:
         planes = torch.empty(16, dtype=torch.int32)
         y = torch.ops.lutra.cuda_linear(x, planes, planes, None, 40, 256, 3, 128, False)
         assert y.shape == (2, 5, 40) and y.dtype == torch.bfloat16
+
+
+def test_argument_structs_mirror_the_sources() -> None:
+    import ctypes
+    import re
+
+    from lutra.kernels.cuda import nvrtc, products
+
+    c_types = {"int": ctypes.c_int, "long long": ctypes.c_longlong}
+    structs = {
+        "binary_linear": products._FewArguments, "byte_linear": products._FewArguments,
+        "arrange": products._ArrangeArguments, "field_linear": products._FieldArguments,
+        "dequantize": products._DequantizeArguments,
+    }
+    for name, struct in structs.items():
+        body = re.search(r"struct Arguments \{(.*?)\};", nvrtc.source(name), re.DOTALL)
+        assert body is not None
+        fields = []
+        for declaration in re.sub(r"//[^\n]*", "", body[1]).split(";"):
+            words = re.fullmatch(r"\s*(.*?)\s*(\w+(?:\s*,\s*\w+)*)\s*", declaration, re.DOTALL)
+            if not declaration.strip():
+                continue
+            assert words is not None, declaration
+            kind = ctypes.c_void_p if "*" in words[1] else c_types[words[1]]
+            fields += [(field.strip(), kind) for field in words[2].split(",")]
+        assert fields == struct._fields_, name
+
+
+def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments and grids, with the launches recorded instead of made."""
+    from lutra.kernels.cuda import products
+
+    launches: list[tuple[str, object, tuple[int, ...], int, int]] = []
+
+    def function(name: str, defines: dict[str, int], device: Card, shared: int = 0) -> object:
+        assert shared <= device.shared_bytes
+
+        def launch(
+            arguments: object, grid: tuple[int, ...], threads: int, cluster: int = 1
+        ) -> None:
+            assert all(1 <= n < 65536 for n in grid[1:]) and threads <= 1024
+            assert grid[0] % cluster == 0
+            launches.append((name, arguments, grid, threads, cluster))
+
+        return launch
+
+    monkeypatch.setattr(products, "function", function)
+    monkeypatch.setattr(products, "card", lambda index: H200)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(
+        products, "dense_workspace", lambda device, dtype: torch.empty(64 * 300, dtype=dtype)
+    )
+    weight = random_weight(200, 300, 3, 128, True, torch.float16)
+    layout = layout_of(200, 300, 3, 128, True)
+    planes, scales = to_kernel_order(weight, layout)
+    names = set()
+    for tokens in (1, 2, 3, 9, 16, 33, 70, 500):
+        launches.clear()
+        x = torch.randn(tokens, 600, dtype=torch.float16)[:, :300]
+        y = products.multiply(x, planes, scales, torch.zeros(200).half(), layout, True)
+        assert y.shape == (tokens, 200) and launches
+        names |= {launch[0] for launch in launches}
+        if launches[0][0] != "dequantize":
+            first = launches[0][1]
+            assert first.x == x.data_ptr() and first.x_stride == 600  # type: ignore[attr-defined]
+    assert names == {"binary_linear", "byte_linear", "arrange", "field_linear", "dequantize"}

@@ -13,16 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lutra.errors import KernelError
 from lutra.kernels.cuda import nvrtc
+from lutra.kernels.cuda.launch import Card
+from lutra.kernels.cuda.layout import layout_of
+from lutra.kernels.cuda.plans import few_plans, field_plans
+from lutra.kernels.cuda.products import few_defines, field_defines
 
 try:
     nvrtc.version()
 except KernelError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+CARDS = {  # one card of each kind: processors, shared memory of a block and of a processor
+    "sm_80": Card(0, "A100", (8, 0), 108, 166912, 167936),
+    "sm_86": Card(0, "A40", (8, 6), 84, 101376, 102400),
+    "sm_89": Card(0, "L40", (8, 9), 142, 101376, 102400),
+    "sm_90a": Card(0, "H200", (9, 0), 132, 232448, 233472),
+    "sm_100a": Card(0, "B200", (10, 0), 148, 232448, 233472),
+    "sm_120a": Card(0, "RTX PRO 6000", (12, 0), 188, 101376, 102400),
+}
 ALL = os.environ.get("LUTRA_COMPILE_ALL") == "1"
 Defines = dict[str, int]
 
@@ -42,29 +54,22 @@ def formats() -> Iterator[Defines]:
 def instances(arch: str) -> Iterator[tuple[str, Defines]]:
     for form in formats():
         yield "dequantize", form
-        few = {"WARPS": 16 if arch in ("sm_80", "sm_90a", "sm_100a") else 8, "STAGES": 3}
-        for tokens in (1, 2):
-            yield "binary_linear", form | few | {"TOKENS": tokens}
-        for tokens in (4, 8, 16) if ALL else (8,):
-            yield "byte_linear", form | few | {"TOKENS": tokens}
-        if arch == "sm_90a" and form["GROUP"] >= 128:
-            from lutra.kernels.cuda.layout import layout_of
-            from lutra.kernels.cuda.launch import Card
-            from lutra.kernels.cuda.products import plan_field
-
-            hopper = Card(0, "Hopper", (9, 0), 132, 232448)
-            for rows, tokens in itertools.product((4096, 12288, 14336), (8, 16, 32, 64)):
-                uniform = bool(form["UNIFORM"])
-                layout = layout_of(rows, 4096, form["BITS"], form["GROUP"], uniform)
-                plan = plan_field(layout, uniform, tokens, hopper)
-                yield "arrange", form | {"TOKENS": plan.tokens}
-                yield "field_linear", form | {
-                    "TOKENS": plan.tokens, "WARPGROUPS": plan.warpgroups, "STAGES": plan.stages,
-                    "AHEAD": plan.ahead,
-                }
+        layout = layout_of(4096, 4096, form["BITS"], form["GROUP"], bool(form["UNIFORM"]))
+        scale = torch.float32 if form["SCALE_FLOAT"] else torch.float16
+        x = torch.bfloat16 if form["X_BF16"] else torch.float16
+        for tokens in (1, 2, 4, 8, 16) if ALL else (1, 2, 8):
+            plans = few_plans(layout, scale.itemsize, tokens, CARDS[arch])
+            for plan in plans if ALL else plans[:2]:
+                yield plan.kernel, few_defines(plan, layout, bool(form["UNIFORM"]), scale, x)
+        for tokens in (8, 16, 32, 64):
+            fields = field_plans(layout, bool(form["UNIFORM"]), tokens, CARDS[arch])
+            for field in fields if ALL else fields[:2]:
+                arrange, main = field_defines(field, layout, bool(form["UNIFORM"]), scale, x)
+                yield "arrange", arrange
+                yield "field_linear", main
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", CARDS)
 def test_every_instance_compiles_without_spills(arch: str) -> None:
     if int(re.sub(r"\D", "", arch)) not in nvrtc.supported_archs():
         pytest.skip(f"NVRTC {nvrtc.version()} does not know {arch}")

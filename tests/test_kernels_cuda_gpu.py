@@ -84,7 +84,8 @@ def test_every_width_group_and_odd_shape(bits: int, uniform: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_batches(batch: int, dtype: torch.dtype) -> None:
     torch.manual_seed(batch)
-    for uniform, bits, group_size in ((False, 3, 128), (True, 4, 128), (True, 3, 32), (False, 2, 64)):
+    formats = ((False, 3, 128), (True, 4, 128), (True, 3, 32), (False, 2, 64))
+    for uniform, bits, group_size in formats:
         weight = random_weight(328, 1152, bits, group_size, uniform)
         x = torch.randn(batch, 1152, device="cuda").to(dtype)
         bias = torch.randn(328, device="cuda").to(dtype)
@@ -169,3 +170,40 @@ def test_wrong_arguments_are_named() -> None:
         kernel.linear(torch.randn(1, 128, device="cuda").half(), prepared, None, spec)
     with pytest.raises(RuntimeError, match="float32"):
         kernel.linear(torch.randn(1, 256, device="cuda"), prepared, None, spec)
+
+
+def test_every_plan_gives_the_same_product() -> None:
+    from lutra.kernels.cuda.launch import card
+    from lutra.kernels.cuda.layout import layout_of, to_kernel_order
+    from lutra.kernels.cuda.products import run
+    from lutra.kernels.cuda.tuning import candidates
+
+    torch.manual_seed(4)
+    for uniform, bits in ((False, 3), (True, 2), (True, 3), (True, 4)):
+        weight = random_weight(1200, 2176, bits, 128, uniform)
+        layout = layout_of(1200, 2176, bits, 128, uniform)
+        planes, scales = to_kernel_order(weight, layout)
+        torch.cuda.synchronize()
+        for tokens in (1, 2, 4, 7, 16, 30, 64, 100):
+            x = torch.randn(tokens, 2176, device="cuda").half()
+            exact = x.double() @ weight.unpack(torch.float64).T
+            rounding = (exact.half().double() - exact).norm().item()
+            for plan in candidates(layout, uniform, 2, tokens, card(0)):
+                y = torch.full((tokens, 1200), float("nan"), device="cuda").half()
+                run(plan, x, planes, scales, None, y, layout, uniform)
+                allowance = DENSE_ALLOWANCE if plan.kernel == "dense" else ROUNDING_ALLOWANCE
+                assert (y.double() - exact).norm().item() <= allowance * rounding, (tokens, plan)
+
+
+def test_fused_projections() -> None:
+    from lutra.kernels.cuda import FusedLinear
+
+    torch.manual_seed(5)
+    weights = [random_weight(n, 512, 3, 128, True) for n in (96, 40, 40)]
+    fused = FusedLinear(weights, torch.float16)
+    x = torch.randn(3, 512, device="cuda").half()
+    for y, weight in zip(fused(x), weights, strict=True):
+        exact = x.double() @ weight.unpack(torch.float64).T
+        assert torch.allclose(y.double(), exact, rtol=2e-3, atol=2e-2)
+    with pytest.raises(ValueError, match="share a format"):
+        FusedLinear([weights[0], random_weight(8, 512, 2, 128, True)], torch.float16)

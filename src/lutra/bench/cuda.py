@@ -1,11 +1,11 @@
 """Time of one product on the GPU: our kernels beside cuBLAS and every peer that is installed.
 
 Protocol: random bit patterns and activations; as many distinct copies of the weight as exceed eight
-times the L2 cache, one call per copy captured in a CUDA graph, replays timed by events, median. Every
-implementation first multiplies one weight whose product is known in float64. The streaming-read limit
-is measured in the same run.
+times the L2 cache, one call per copy captured in a CUDA graph, replays timed by events, median.
+Every implementation also multiplies one weight whose product is known in float64. The streaming
+read limit is measured in the same run.
 
-Bytes (`gbps`) are those of the stored tensors of each implementation: packed weight, scales, offsets.
+Bytes (`gbps`) are those of the stored tensors of an implementation: packed weight, scales, offsets.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lutra.errors import KernelError
+from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ REPLAYS = 15
 WARM_REPLAYS = 3
 CACHE_MULTIPLE = 8  # distinct weights per replay, in L2 sizes
 MAX_CALLS = 400
+KNOWN_ROWS = 2048  # rows compared with float64
+
+Call = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -40,15 +45,16 @@ class Candidate:
         bits, group: stored bits and group size (0: none).
         bytes: stored bytes of one weight.
         make: builds one weight with random content and gives back the call ``x -> y``.
-        error: relative error against float64 on one weight, or None if it cannot be known.
+        known: builds a weight and gives the call and the first rows of the stored weight in
+            float64; None if that cannot be known.
     """
 
     name: str
     bits: int
     group: int
     bytes: int
-    make: Callable[[], Callable[[Tensor], Tensor]]
-    error: Callable[[Tensor], float] | None = None
+    make: Callable[[], Call]
+    known: Callable[[], tuple[Call, Tensor]] | None = None
 
 
 def read_limit_gbps(device: torch.device, gibibytes: int = 4) -> float:
@@ -92,27 +98,25 @@ def run(
     rows: list[dict[str, Any]] = []
     limit = read_limit_gbps(device)
     for out_features, in_features in shapes:
-        for batch in batches:
-            x = torch.randn(batch, in_features, device=device, dtype=dtype)
-            dense = None
-            candidates = [_dense(out_features, in_features, x)]
-            for b in bits:
-                for group in group_sizes:
-                    for kind in kinds:
-                        candidates.append(_ours(kind, out_features, in_features, b, group, x))
-                    candidates.extend(_peers(wanted, out_features, in_features, b, group, x))
-            for candidate in candidates:
-                try:
-                    us = _measure(candidate, x, properties.L2_cache_size)
-                    error = candidate.error(x) if candidate.error else math.nan
-                except Exception as failure:  # a peer that fails is a result, not the end of the run
-                    if candidate.name.startswith(("lutra", "cublas")):
-                        raise
-                    logger.warning("%s failed on %dx%d batch %d: %s", candidate.name,
-                                   out_features, in_features, batch, failure)
-                    continue
+        shape = (out_features, in_features)
+        candidates = [_dense(*shape, dtype, device)]
+        for b in bits:
+            for group in group_sizes:
+                candidates += [_ours(kind, *shape, b, group, dtype, device) for kind in kinds]
+                candidates += _peers(wanted, *shape, b, group, dtype, device)
+        dense: dict[int, float] = {}
+        for candidate in candidates:
+            try:
+                measured = _measure(candidate, batches, in_features, dtype, properties)
+            except Exception as failure:  # a peer that fails is a result, not the end of the run
+                if candidate.name.startswith(("lutra", "cublas")):
+                    raise
+                logger.warning("%s failed on %dx%d: %s", candidate.name, out_features, in_features,
+                               failure)
+                continue
+            for batch, us, error in measured:
                 if candidate.name == "cublas":
-                    dense = us
+                    dense[batch] = us
                 rows.append({
                     "implementation": candidate.name,
                     "shape": f"{out_features}x{in_features}",
@@ -121,9 +125,11 @@ def run(
                     "group": candidate.group,
                     "us": round(us, 3),
                     "gbps": round(candidate.bytes / us / 1e3, 1),
-                    "speedup_vs_dense": round(dense / us, 3) if dense else None,
-                    "relative_error": None if math.isnan(error) else error,
+                    "speedup_vs_dense": round(dense[batch] / us, 3),
+                    "relative_error": None if math.isnan(error) else float(f"{error:.3g}"),
                 })
+    order = {f"{o}x{i}": n for n, (o, i) in enumerate(shapes)}
+    rows.sort(key=lambda row: (order[row["shape"]], row["batch"]))
     return {"read_limit_gbps": round(limit, 1), "machine": _machine(device), "rows": rows}
 
 
@@ -148,97 +154,177 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def _measure(candidate: Candidate, x: Tensor, l2_bytes: int) -> float:
-    """Microseconds per call over distinct weights, median over replays of one CUDA graph."""
-    copies = max(1, min(MAX_CALLS, -(-CACHE_MULTIPLE * l2_bytes // candidate.bytes) + 1))
+def _measure(
+    candidate: Candidate, batches: Sequence[int], in_features: int, dtype: torch.dtype,
+    properties: Any,
+) -> list[tuple[int, float, float]]:
+    """Batch, microseconds per call over distinct weights, and relative error, for every batch."""
+    copies = -(-CACHE_MULTIPLE * properties.L2_cache_size // candidate.bytes) + 1
+    copies = max(1, min(MAX_CALLS, copies))
     calls = [candidate.make() for _ in range(copies)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in (calls[0], calls[-1]):
-            call(x)
-    torch.cuda.current_stream().wait_stream(stream)
+    known = candidate.known() if candidate.known else None
     # Few calls leave the launch of the graph itself in the time: repeat the rotation.
     rounds = max(1, 8 // copies)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
+    found = []
+    for batch in batches:
+        x = torch.randn(batch, in_features, device="cuda", dtype=dtype)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for call in calls:
                 call(x)
-    times = [_timed(graph.replay, x.device) for _ in range(WARM_REPLAYS + REPLAYS)]
-    return statistics.median(times[WARM_REPLAYS:]) / (copies * rounds)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for call in calls:
+                    call(x)
+        times = [_timed(graph.replay, x.device) for _ in range(WARM_REPLAYS + REPLAYS)]
+        us = statistics.median(times[WARM_REPLAYS:]) / (copies * rounds)
+        error = math.nan
+        if known is not None:
+            call, weight_OI = known
+            exact = x.double() @ weight_OI.T
+            error = _relative_error(call(x)[:, : weight_OI.shape[0]], exact)
+        found.append((batch, us, error))
+    return found
 
 
 def _relative_error(y: Tensor, exact: Tensor) -> float:
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def _dense(out_features: int, in_features: int, x: Tensor) -> Candidate:
+def _dense(
+    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> Candidate:
     def weight() -> Tensor:
-        return torch.randn(out_features, in_features, device=x.device, dtype=x.dtype)
+        return torch.randn(out_features, in_features, device=device, dtype=dtype)
 
-    def make() -> Callable[[Tensor], Tensor]:
+    def make() -> Call:
         w = weight()
         return lambda x: torch.nn.functional.linear(x, w)
 
-    def error(x: Tensor) -> float:
-        w = weight()[:4096]
-        return _relative_error(torch.nn.functional.linear(x, w), x.double() @ w.double().T)
+    def known() -> tuple[Call, Tensor]:
+        w = weight()
+        return lambda x: torch.nn.functional.linear(x, w), w[:KNOWN_ROWS].double()
 
-    return Candidate("cublas", 16, 0, 2 * out_features * in_features, make, error)
+    return Candidate("cublas", 16, 0, 2 * out_features * in_features, make, known)
 
 
 def _ours(
-    kind: str, out_features: int, in_features: int, bits: int, group: int, x: Tensor
+    kind: str, out_features: int, in_features: int, bits: int, group: int, dtype: torch.dtype,
+    device: torch.device,
 ) -> Candidate:
-    from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
     from lutra.kernels.dispatch import LinearSpec, choose
 
     group_size = in_features if group <= 0 else group
     uniform = kind == "ubcq" and bits > 1
-    spec = LinearSpec(out_features, in_features, bits, group_size, uniform, x.device, x.dtype)
+    spec = LinearSpec(out_features, in_features, bits, group_size, uniform, device, dtype)
     kernel = choose(spec).kernel
-    groups = groups_per_row(in_features, group_size)
 
-    def random_weight(rows: int) -> BitPlanes:
-        words = words_per_row(in_features)
-        limits = torch.iinfo(torch.int32)
-        planes = torch.randint(
-            limits.min, limits.max, (bits, rows, words), dtype=torch.int32, device=x.device
-        )
-        scales = 1 if uniform else bits
-        scale = torch.rand(scales, rows, groups, device=x.device) * 0.02 + 0.01
-        if not uniform:
-            scale = scale * 0.5 ** torch.arange(bits, device=x.device)[:, None, None]
-        offset = torch.randn(rows, groups, device=x.device) * 0.005
-        return BitPlanes(planes, scale.half(), offset.half(), in_features, group_size)
+    def random_weight() -> BitPlanes:
+        return random_planes(out_features, in_features, bits, group_size, uniform, device)
 
-    def make() -> Callable[[Tensor], Tensor]:
-        prepared = kernel.prepare(random_weight(out_features), spec)
+    def make() -> Call:
+        prepared = kernel.prepare(random_weight(), spec)
         return lambda x: kernel.linear(x, prepared, None, spec)
 
-    def error(x: Tensor) -> float:
-        weight = random_weight(out_features)
-        y = kernel.linear(x, kernel.prepare(weight, spec), None, spec)
-        rows = slice(0, 4096)
+    def known() -> tuple[Call, Tensor]:
+        weight = random_weight()
+        prepared = kernel.prepare(weight, spec)
+        rows = slice(0, KNOWN_ROWS)
         part = BitPlanes(weight.planes[:, rows], weight.scale[:, rows], weight.offset[rows],
                          in_features, group_size)
-        return _relative_error(y[:, rows], x.double() @ part.unpack(torch.float64).T)
+        return (lambda x: kernel.linear(x, prepared, None, spec)), part.unpack(torch.float64)
 
-    stored = random_weight(16).tensors().values()
-    size = sum(t.numel() * t.element_size() for t in stored) * out_features // 16
-    return Candidate(f"lutra-{kind}", bits, group, size, make, error)
+    size = stored_bytes(out_features, in_features, bits, group_size, uniform)
+    return Candidate(f"lutra-{kind}", bits, group, size, make, known)
+
+
+def random_planes(
+    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool,
+    device: torch.device,
+) -> BitPlanes:
+    """A weight of random bits, with scales of plausible size in float16."""
+    words, groups = words_per_row(in_features), groups_per_row(in_features, group_size)
+    limits = torch.iinfo(torch.int32)
+    planes = torch.randint(
+        limits.min, limits.max, (bits, out_features, words), dtype=torch.int32, device=device
+    )
+    scales = 1 if uniform else bits
+    scale = torch.rand(scales, out_features, groups, device=device) * 0.02 + 0.01
+    if not uniform:
+        scale = scale * 0.5 ** torch.arange(bits, device=device)[:, None, None]
+    offset = torch.randn(out_features, groups, device=device) * 0.005
+    return BitPlanes(planes, scale.half(), offset.half(), in_features, group_size)
+
+
+def stored_bytes(
+    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool
+) -> int:
+    """Bytes of the stored tensors: planes, float16 scales and offsets."""
+    groups = groups_per_row(in_features, group_size)
+    scales = (1 if uniform else bits) + 1
+    return out_features * (4 * bits * words_per_row(in_features) + 2 * scales * groups)
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]], batches: Sequence[int], bits: Sequence[int],
+    group_sizes: Sequence[int], kinds: Sequence[str] = ("bcq", "ubcq"),
+    path: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure the plans of our own kernels and keep the fastest of each in a table.
+
+    Args:
+        path: table to extend; default the user's, which later processes read.
+
+    Returns:
+        The new rows of the table (see :mod:`lutra.kernels.cuda.tuning`).
+    """
+    from lutra.kernels.cuda import tuning
+    from lutra.kernels.cuda.launch import card
+    from lutra.kernels.cuda.layout import layout_of, to_kernel_order
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = card(torch.cuda.current_device())
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    rows = []
+    for out_features, in_features in shapes:
+        for b in bits:
+            for group in group_sizes:
+                for kind in kinds:
+                    group_size = in_features if group <= 0 else group
+                    uniform = kind == "ubcq" and b > 1
+                    layout = layout_of(out_features, in_features, b, group_size, uniform)
+                    size = stored_bytes(out_features, in_features, b, group_size, uniform)
+                    weights = []
+                    for _ in range(min(MAX_CALLS, CACHE_MULTIPLE * l2_bytes // size + 1)):
+                        weight = random_planes(
+                            out_features, in_features, b, group_size, uniform, device
+                        )
+                        planes, scales = to_kernel_order(weight, layout)
+                        weights.append((planes, scales))
+                    torch.cuda.synchronize()
+                    rows += tuning.measure(
+                        weights, layout, uniform, batches, torch.float16, gpu,
+                        tuning.median_graph_us,
+                    )
+                    del weights
+    name = tuning.table_name(gpu)
+    tuning.save(rows, gpu, path or tuning.user_table(name))
+    return rows
 
 
 def _peers(
-    wanted: list[str] | None, out_features: int, in_features: int, bits: int, group: int, x: Tensor
+    wanted: list[str] | None, out_features: int, in_features: int, bits: int, group: int,
+    dtype: torch.dtype, device: torch.device,
 ) -> list[Candidate]:
     from lutra.bench.peers_cuda import PEERS
 
     found = []
     for name, build in PEERS.items():
         if wanted is None or name in wanted:
-            candidate = build(out_features, in_features, bits, group, x)
+            candidate = build(out_features, in_features, bits, group, dtype, device)
             if candidate is not None:
                 found.append(candidate)
     return found

@@ -1,12 +1,17 @@
 """CUDA kernels for bit planes: compiled by NVRTC on first use, launched through cuda-bindings.
 
-`binary_linear.cu` multiplies 1 to 4 tokens on binary tensor cores, where a plane word is an operand as
-it stands; `dequantize.cu` expands rows for the library product of many tokens. `layout.py` orders a
-weight for all of them, `products.py` chooses by the number of tokens.
+- `binary_linear.cu`, 1 and 2 tokens: binary tensor cores; a plane word is an operand as it stands.
+- `byte_linear.cu`, 3 to 16 tokens: 8-bit tensor cores on masked words.
+- `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.
+- `dequantize.cu`, more: dense rows for the library's product.
+
+`layout.py` orders a weight once for all of them, `plans.py` lists how each could run, `tuning.py`
+chooses by measured tables or by rule and says why, `products.py` launches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -46,6 +51,30 @@ class CudaKernel(Kernel):
         # nothing that writes a weight may still be under way when the first of them is queued.
         torch.cuda.synchronize(prepared[0].device)
         return prepared
+
+    def describe(self, spec: LinearSpec, tokens: int, scale: torch.dtype = torch.float16) -> str:
+        """Name of the plan for a number of tokens, and why it was taken, for people."""
+        from lutra.kernels.cuda.launch import card
+        from lutra.kernels.cuda.layout import layout_for
+        from lutra.kernels.cuda.tuning import choose
+
+        index = spec.device.index
+        gpu = card(index if index is not None else torch.cuda.current_device())
+        plan, reason = choose(layout_for(spec), spec.uniform, scale.itemsize, tokens, gpu)
+        return f"{plan.kernel}: {reason}"
+
+    def warm_up(
+        self, spec: LinearSpec, tokens: Sequence[int], scale: torch.dtype = torch.float16
+    ) -> None:
+        """Compile and load what products of these numbers of tokens need, and their workspaces.
+
+        Before a CUDA graph is captured, for every number of tokens in it.
+        """
+        from lutra.kernels.cuda import products
+        from lutra.kernels.cuda.layout import layout_for
+
+        layout = layout_for(spec)
+        products.load(layout, spec.uniform, scale, spec.dtype, spec.device, tuple(tokens))
 
     def restore(self, prepared: list[Tensor], spec: LinearSpec) -> BitPlanes:
         from lutra.kernels.cuda.layout import from_kernel_order, layout_for
@@ -91,3 +120,51 @@ def _unusable(index: int) -> str | None:
             f"({device.name}); install a newer nvidia-cuda-nvrtc"
         )
     return None
+
+
+class FusedLinear:
+    """Several weights that multiply the same input, in one launch (q, k and v; gate and up).
+
+    The weights become one, row after row; nothing is recomputed or rounded.
+
+    Args:
+        weights: same ``in_features``, bits, group size, kind and dtype of scales.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: the weights do not share a format.
+        KernelError: no kernel of this package can run them.
+    """
+
+    def __init__(self, weights: Sequence[BitPlanes], dtype: torch.dtype) -> None:
+        from lutra.errors import KernelError
+
+        formats = {
+            (w.in_features, w.bits, w.group_size, w.uniform, w.scale.dtype, w.planes.device)
+            for w in weights
+        }
+        if len(formats) != 1:
+            found = ", ".join(sorted(map(str, formats)))
+            raise ValueError(f"weights of one launch share a format; these have {found}")
+        self.out_features = [w.out_features for w in weights]
+        whole = BitPlanes(
+            torch.cat([w.planes for w in weights], dim=1),
+            torch.cat([w.scale for w in weights], dim=1),
+            torch.cat([w.offset for w in weights]),
+            weights[0].in_features,
+            weights[0].group_size,
+        )
+        self.spec = LinearSpec(
+            whole.out_features, whole.in_features, whole.bits, whole.group_size, whole.uniform,
+            whole.planes.device, dtype,
+        )
+        self.kernel = CudaKernel()
+        refusal = self.kernel.supports(self.spec)
+        if refusal:
+            raise KernelError(f"the weights cannot be multiplied in one launch: {refusal}")
+        self.prepared = self.kernel.prepare(whole, self.spec)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``x`` ``[..., in]`` to one ``[..., out]`` for each weight, views of one result."""
+        y = self.kernel.linear(x, self.prepared, None, self.spec)
+        return y.split(self.out_features, dim=-1)

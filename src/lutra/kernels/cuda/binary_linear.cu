@@ -134,5 +134,5 @@ struct Binary {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 binary_linear(const __grid_constant__ Arguments p) { few_tokens<Binary>(p); }

@@ -131,5 +131,5 @@ struct Bytes {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 byte_linear(const __grid_constant__ Arguments p) { few_tokens<Bytes>(p); }

@@ -1,8 +1,8 @@
 """Load compiled kernels on a device and launch them on torch's current stream.
 
-Arguments travel as one struct by value. Launches ask for programmatic dependent launch on cards that
-have it (compute capability 9 and up): a kernel may be scheduled while the one before it drains, and
-waits (`griddepcontrol.wait`) before it reads what that one wrote.
+Arguments travel as one struct by value. Launches ask for programmatic dependent launch on cards
+that have it (compute capability 9 and up): a kernel may be scheduled while the one before it
+drains, and waits (`griddepcontrol.wait`) before it reads what that one wrote.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _load_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Card:
-    """What the kernels need to know of a GPU."""
+    """What the kernels need to know of a GPU; shared memory of a block and of a processor."""
 
     index: int
     name: str
     capability: tuple[int, int]
     processors: int
     shared_bytes: int
+    processor_shared_bytes: int = 0
 
     @property
     def arch(self) -> str:
@@ -48,7 +49,8 @@ def card(index: int) -> Card:
     """The GPU with torch's index ``index``."""
     p = torch.cuda.get_device_properties(index)
     shared = getattr(p, "shared_memory_per_block_optin", None) or 101376
-    return Card(index, p.name, (p.major, p.minor), p.multi_processor_count, shared)
+    whole = getattr(p, "shared_memory_per_multiprocessor", None) or shared + 1024
+    return Card(index, p.name, (p.major, p.minor), p.multi_processor_count, shared, whole)
 
 
 class Function:
@@ -69,13 +71,12 @@ class Function:
         self.name, self.device, self.shared_bytes = name, device, shared_bytes
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise KernelError(
-                f"kernel {name} {dict(defines)} is not loaded yet and cannot be loaded while a CUDA "
-                "graph is captured; run the layer once with this number of tokens before capturing"
+                f"kernel {name} {dict(defines)} is not loaded yet and cannot be loaded while a "
+                "CUDA graph is captured; run the layer once with this number of tokens first"
             )
         cubin = nvrtc.compile_cubin(name, defines, device.arch)
         with torch.cuda.device(device.index):
-            torch.cuda.current_stream()  # makes sure that the device's context exists and is current
-            torch.cuda.synchronize(device.index)
+            torch.cuda.synchronize(device.index)  # its context exists and is current
             self._module = _ok(driver.cuModuleLoadData(cubin), f"load kernel {name}")
             self._function = _ok(
                 driver.cuModuleGetFunction(self._module, name.encode()), f"find kernel {name}"

@@ -1,8 +1,8 @@
 """From stored bit planes to the order in which the CUDA kernels read them, and back.
 
-`common.cuh` draws the layout. Both directions are exact permutations plus padding: rows to a multiple
-of 16, inputs to a multiple of 256. A group size that the kernels do not know is stored as several
-equal groups of one that they know (384 as three of 128).
+`common.cuh` draws the layout. Both directions are exact permutations plus padding: rows to a
+multiple of 16, inputs to a multiple of 256. A group size that the kernels do not know is stored as
+several equal groups of one that they know (384 as three of 128).
 
 Shape suffixes: T tiles of 16 rows, S slices of 128 inputs, Q planes, L slots of scales, G groups,
 H the two halves of a tile, R the 8 rows of a half, B the 4 blocks of 32 inputs of a slice.
@@ -11,7 +11,7 @@ H the two halves of a tile, R the 8 rows of a half, B the 4 blocks of 32 inputs 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def unsupported_group(group_size: int, in_features: int) -> str | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout_of(rows: int, inputs: int, bits: int, group_size: int, uniform: bool) -> Layout:
     """Layout of a weight ``[rows, inputs]`` in groups of ``group_size``."""
     slots = 2 if uniform else bits + 1

@@ -2,9 +2,9 @@
 
 NVRTC needs neither a GPU nor a CUDA toolkit: the libraries that come with torch are enough. The
 cache is a folder of files named by the hash of source, options, architecture and NVRTC version:
-``$LUTRA_CACHE/cubin`` (default ``$XDG_CACHE_HOME/lutra/cubin``, then ``~/.cache/lutra/cubin``). Each
-file carries a digest of its content; one that does not fit is compiled anew. A folder that cannot be
-written costs a compilation per process, nothing else.
+``$LUTRA_CACHE/cubin`` (default ``$XDG_CACHE_HOME/lutra/cubin``, then ``~/.cache/lutra/cubin``).
+Each file carries a digest of its content; one that does not fit is compiled anew. A folder that
+cannot be written costs a compilation per process, nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMMON_OPTIONS = ("-default-device", "--std=c++17")
 
 @cache
 def source(name: str) -> str:
-    """Text of a kernel of this folder, with what it includes, preceded by what all of them share."""
+    """Text of a kernel of this folder with all that it includes, after what all of them share."""
     folder = Path(__file__).parent
 
     def read(file: str) -> str:

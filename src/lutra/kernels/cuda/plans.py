@@ -1,0 +1,237 @@
+"""Plans: which kernel multiplies a number of tokens, and how its blocks share the work.
+
+A plan is a frozen description of one product; a list of plans, best guess first, is a pure function
+of the layout and the card. Which one is taken: `tuning.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from lutra.kernels.cuda.launch import Card
+from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
+
+MAX_FEW_TOKENS = 16
+RING_BYTES = 96 << 10  # of weights in flight per block; half of it still hides the latency
+DENSE_WORKSPACE_BYTES = 128 << 20
+FIELD_WIDTHS = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class FewPlan:
+    """One launch of a kernel for few tokens (`few_tokens.cuh`).
+
+    Attributes:
+        kernel: ``binary_linear`` or ``byte_linear``.
+        tokens: tokens that the kernel is compiled for; it takes as many or fewer.
+        warps, stages: warps of a block, items in flight per warp.
+        blocks: blocks that fit on a processor; 2 lets the next product start during this one.
+        k_warps: warps that share one tile's inputs; the others take further tiles.
+        panel_items: items of x that a block holds at a time.
+        grid, shared_bytes: of the launch.
+    """
+
+    kernel: str
+    tokens: int
+    warps: int
+    stages: int
+    blocks: int
+    k_warps: int
+    panel_items: int
+    grid: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class FieldPlan:
+    """One launch of `field_linear.cu`.
+
+    Attributes:
+        kernel: ``field_linear``.
+        tokens: tokens of one block, a width of the tensor-core product.
+        warpgroups: each takes 64 rows.
+        stages, ahead: slices of x in shared memory, slices of weights in registers.
+        blocks: blocks that a processor holds at a time.
+        cluster: blocks that share the inputs of a row.
+        row_blocks, shared_bytes: of the launch.
+    """
+
+    kernel: str
+    tokens: int
+    warpgroups: int
+    stages: int
+    ahead: int
+    blocks: int
+    cluster: int
+    row_blocks: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """Expand ``rows`` rows at a time and multiply them with the library.
+
+    Attributes:
+        kernel: ``dense``.
+        rows: a multiple of 16.
+    """
+
+    kernel: str
+    rows: int
+
+
+Plan = FewPlan | FieldPlan | DensePlan
+
+
+@cache
+def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tuple[FewPlan, ...]:
+    """Plans for 1 to 16 tokens; none if the card has too little shared memory for so many."""
+    if tokens > MAX_FEW_TOKENS:
+        return ()
+    one = _few_plan(layout, scale_bytes, tokens, device, RING_BYTES, 1, 1)
+    plans = [one]
+    if tokens <= 4 and layout.group >= 128 and device.processor_shared_bytes >= 2 * (100 << 10):
+        for grid in (1, 2):
+            plans.append(_few_plan(layout, scale_bytes, tokens, device, RING_BYTES // 2, 2, grid))
+    if one is not None and one.k_warps < one.warps:
+        plans.append(_few_plan(layout, scale_bytes, tokens, device, RING_BYTES, 1, 1, one.warps))
+    return tuple(dict.fromkeys(plan for plan in plans if plan is not None))
+
+
+def _few_plan(
+    layout: Layout, scale_bytes: int, tokens: int, device: Card, ring_bytes: int, blocks: int,
+    grid_factor: int, k_warps: int | None = None,
+) -> FewPlan | None:
+    splits = max(1, 128 // layout.group)
+    # A token costs the binary kernel 12 instructions a plane, the other one 2.5, and 30 once.
+    if tokens <= 2:
+        kernel, compiled = "binary_linear", tokens
+        per_item = tokens * (512 + 2 * splits * 64)
+    else:
+        kernel, compiled = "byte_linear", next(n for n in (4, 8, 16) if n >= tokens)
+        per_item = compiled // 4 * (2048 + 2 * splits * 64)
+    scales = (256 // layout.group) * 8 * layout.slots * 2 * scale_bytes
+    stage = layout.bits * 512 + scales
+    tile_bytes = compiled * TILE_ROWS * 4
+    limit = device.shared_bytes
+    if blocks == 2:
+        limit = min(limit, device.processor_shared_bytes // 2 - 1024)
+
+    def fixed(warps: int, stages: int) -> int:
+        return warps * stages * stage + 2 * warps * tile_bytes
+
+    def room(warps: int, stages: int, row_parts: int) -> int:
+        """Items of x that fit if rows are walked in panels."""
+        steps = _ceil(layout.tiles, device.processors * row_parts)
+        left = limit - fixed(warps, stages) - steps * row_parts * tile_bytes
+        return max(left, 0) // per_item
+
+    processors = device.processors * grid_factor
+    warps = 16 if device.shared_bytes >= 160 << 10 else 8
+    most = max(2, min(6, ring_bytes // (16 * stage)))
+    least = max(2, min(most, _ceil(ring_bytes // 2, 16 * stage)))
+    for stages in range(most, least - 1, -1):
+        shared = fixed(warps, stages) + layout.items * per_item
+        if shared <= limit:
+            k_warps = k_warps or _k_warps(layout, warps, processors)
+            panel = layout.items
+            break
+    else:
+        if blocks > 1 or k_warps is not None:
+            return None
+        # Panels: as many warps as possible, then as few panels.
+        options = [
+            (w, s, k)
+            for w in (16, 8, 4) if w <= warps
+            for s in (least, 2)
+            for k in (16, 8, 4) if k <= w and room(w, s, w // k) >= k
+        ]
+        if not options:
+            return None
+        warps, stages, k_warps = options[0]
+        panels = _ceil(layout.items, room(warps, stages, warps // k_warps) // k_warps * k_warps)
+        panel = min(_ceil(_ceil(layout.items, panels), k_warps) * k_warps, layout.items)
+        steps = _ceil(layout.tiles, device.processors * (warps // k_warps))
+        shared = fixed(warps, stages) + panel * per_item + steps * (warps // k_warps) * tile_bytes
+    grid = min(processors, _ceil(layout.tiles, warps // k_warps))
+    return FewPlan(kernel, compiled, warps, stages, blocks, k_warps, panel, grid, shared)
+
+
+def _k_warps(layout: Layout, warps: int, processors: int) -> int:
+    """Warps on one tile, so that the rounds of tiles and of items come out even."""
+
+    def cost(k: int) -> float:
+        rounds = _ceil(layout.tiles, processors * (warps // k))
+        return rounds * (_ceil(layout.items, k) + 0.3)  # 0.3 items: the sums of a tile meet
+
+    return min((k for k in (16, 8, 4, 2, 1) if k <= warps), key=cost)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@cache
+def few_tokens_limit(layout: Layout, scale_bytes: int, device: Card) -> int:
+    """How many tokens one launch of the kernels for few tokens can take; 0 if none."""
+    fitting = (n for n in (16, 8, 4, 2, 1) if few_plans(layout, scale_bytes, n, device))
+    return next(fitting, 0)
+
+
+@cache
+def field_plans(
+    layout: Layout, uniform: bool, tokens: int, device: Card
+) -> tuple[FieldPlan, ...]:
+    """Plans on Hopper for groups of 128 and more, best guess first."""
+    if device.capability != (9, 0) or layout.group < 128:
+        return ()
+    codes = uniform and layout.bits <= 4
+    slices = layout.items * 2
+    width = next((n for n in FIELD_WIDTHS if n >= tokens), FIELD_WIDTHS[-1])
+    token_tiles = _ceil(tokens, width)
+    scored = []
+    for warpgroups in (2, 3) if width == 64 and not codes else (2, 3, 4):  # registers
+        most = 1 if warpgroups > 2 else (3 if width <= 16 else 2)
+        row_blocks = _ceil(layout.rows, 64 * warpgroups)
+        for cluster in (1, 2, 4, 8):
+            if cluster > 1 and cluster * 2 > slices:
+                continue
+            grid = row_blocks * cluster * token_tiles
+            resident = min(most, _ceil(grid, device.processors))
+            waves = _ceil(grid, device.processors * resident)
+            # Cycles of a slice of 64 rows: alone, and of a processor that is full of them.
+            busy = max(700, (250 + 3.75 * width) * warpgroups * resident)
+            score = waves * (_ceil(slices, cluster) + 6) * busy
+            ahead = max(1, min(3 if width <= 16 and resident < 3 else 2, 9 // layout.bits))
+            stages = 8 if resident == 1 or (width < 64 and resident == 2) else 4
+            shared = field_shared_bytes(width, warpgroups, stages)
+            # The blocks of a grid are packed, not spread: leave no room for more than should share.
+            shared = max(shared, device.processor_shared_bytes // (resident + 1) - 1023)
+            plan = FieldPlan(
+                "field_linear", width, warpgroups, stages, ahead, resident, cluster, row_blocks,
+                min(shared, device.shared_bytes),
+            )
+            scored.append((score, plan))
+    scored.sort(key=lambda pair: pair[0])
+    return tuple(plan for _, plan in scored)
+
+
+def field_shared_bytes(width: int, warpgroups: int, stages: int) -> int:
+    """Shared memory of `field_linear.cu`: the ring of x, then the block's sums in its place."""
+    return max(stages * width * 260, width * (warpgroups * 64 + 4) * 4)
+
+
+def dense_plans(layout: Layout, element_bytes: int = 2) -> tuple[DensePlan, ...]:
+    """Plans for any number of tokens: smaller tiles stay in L2, larger ones fill the card."""
+    plans = []
+    for size in (DENSE_WORKSPACE_BYTES // 2, DENSE_WORKSPACE_BYTES, DENSE_WORKSPACE_BYTES // 4):
+        tiles = max(1, min(layout.tiles, size // (TILE_ROWS * layout.inputs * element_bytes)))
+        parts = _ceil(layout.tiles, tiles)
+        plans.append(DensePlan("dense", _ceil(layout.tiles, parts) * TILE_ROWS))
+    return tuple(dict.fromkeys(plans))
+
+
+def inputs_bytes(layout: Layout) -> int:
+    """Shared memory of `arrange.cu`: one row of x."""
+    return layout.items * ITEM_INPUTS * 2
