@@ -1,8 +1,9 @@
 """Time of one product on the CPU: our kernels beside torch's bfloat16 and every peer installed.
 
-Protocol: each implementation multiplies in turn by as many distinct copies of its weight as fill
-600 MB, so that no cache holds them. Between its calls, memory is read in plain streams of 4 MiB:
-the limit that its bytes per second are held against was measured under the same conditions.
+Protocol: all implementations of one shape and batch take turns, so that neighbours disturb all
+alike: four calls, as layers of a model follow each other, and a plain read of 4 MiB of memory. Each
+call takes the next copy of the weight; between two uses of a copy more than 600 MB are read, so no
+cache holds it. The reads give the limit that bytes per second are held against.
 
 With one thread, ``us`` is the median of the process's CPU time, which a busy machine disturbs less
 than the clock; with more it is the median of the clock. ``us_best`` is the fastest call by the
@@ -38,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 ROTATED_BYTES = 600_000_000
 STREAM_BYTES = 4 << 20
-SECONDS = 1.0  # per implementation, shape and batch
+SECONDS = 12.0  # per shape and batch
+MIN_ROUNDS, MAX_ROUNDS = 4, 200
+TURN_CALLS = 4
 CHECKED_ROWS = 256  # outputs compared in float64
 
 
@@ -54,6 +57,7 @@ class Candidate:
         calls: each multiplies by its own copy (or copies) of the weight.
         products: products in one call.
         error: relative error of the output against float64, or None where it is not known.
+        holds: whatever else must live as long as the calls.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Candidate:
     calls: Sequence[Callable[[], object]]
     products: int = 1
     error: float | None = None
+    holds: object = None
 
 
 def run(
@@ -133,69 +138,78 @@ def _one_shape(
 ) -> list[dict[str, Any]]:
     out_features, in_features = shape
     x_MI = torch.randn(batch, in_features, generator=torch.Generator().manual_seed(0))
-    rows: list[dict[str, Any]] = []
-    dense_us = math.nan
-
-    def measure(candidate: Candidate) -> dict[str, Any]:
-        median, best, limit = _time(candidate, threads, memory)
-        gbps = candidate.bytes / median / 1e9
-        row = {
-            "implementation": candidate.name, "shape": f"{out_features}x{in_features}",
-            "batch": batch, "bits": candidate.bits, "group": candidate.group,
-            "us": round(median * 1e6, 1), "us_best": round(best * 1e6, 1), "gbps": round(gbps, 2),
-            "fraction_of_read_limit": round(gbps / limit, 3),
-            "speedup_vs_dense": None, "relative_error": candidate.error,
-        }  # fmt: skip
-        rows.append(row)
-        logger.info("%s", row)
-        return row
-
-    dense_us = measure(_dense(shape, x_MI))["us"]
+    copies = _copies(shape, bits, group_sizes)
+    candidates = [_dense(shape, x_MI, copies)]
     for group in group_sizes:
         for b in bits:
-            for candidate in _ours(shape, x_MI, b, group):
-                measure(candidate)
+            candidates += _ours(shape, x_MI, b, group, copies)
         for maker in makers:
             try:
-                for candidate in maker(shape, x_MI, group, threads):
-                    measure(candidate)
+                candidates += maker(shape, x_MI, group, threads, copies)
             except Exception as error:  # a peer that fails must not lose the others' rows
                 logger.warning(
                     "%s does not run %dx%d, group %d: %s: %s", maker.__name__.strip("_"),
                     out_features, in_features, group, type(error).__name__, error,
                 )
-    for row in rows:
-        row["speedup_vs_dense"] = round(dense_us / row["us"], 3)
+    rows = []
+    timed = _time(candidates, threads, memory)
+    for candidate, (median, best, limit) in zip(candidates, timed, strict=True):
+        gbps = candidate.bytes / median / 1e9
+        rows.append({
+            "implementation": candidate.name, "shape": f"{out_features}x{in_features}",
+            "batch": batch, "bits": candidate.bits, "group": candidate.group,
+            "us": round(median * 1e6, 1), "us_best": round(best * 1e6, 1), "gbps": round(gbps, 2),
+            "fraction_of_read_limit": round(gbps / limit, 3),
+            "speedup_vs_dense": round(timed[0][0] / median, 3),
+            "relative_error": candidate.error,
+        })  # fmt: skip
+        logger.info("%s", rows[-1])
     return rows
 
 
-def _time(candidate: Candidate, threads: int, memory: Stream) -> tuple[float, float, float]:
-    """Median and best seconds per product, and the read limit in GB/s meanwhile."""
+def _time(
+    candidates: list[Candidate], threads: int, memory: Stream
+) -> list[tuple[float, float, float]]:
+    """Per candidate: median and best seconds per product, and the read limit in GB/s meanwhile."""
     clock = _clock(threads)
-    for call in candidate.calls[:4]:
-        call()
-    times: list[float] = []
-    best = math.inf
-    streams: list[float] = []
-    start, done = time.perf_counter(), 0
-    while (
-        time.perf_counter() - start < SECONDS or done < min(len(candidate.calls), 8)
-    ) and time.perf_counter() - start < 5 * SECONDS:
-        call = candidate.calls[done % len(candidate.calls)]
-        wall, used = time.perf_counter(), clock()
-        call()
-        used, wall = clock() - used, time.perf_counter() - wall
-        times.append(used / candidate.products)
-        best = min(best, wall / candidate.products)
-        done += 1
-        # About as much time for reading as for multiplying, but not more often than every tenth.
-        if sum(streams) < 0.3 * sum(times) * candidate.products or done % 10 == 0:
-            streams.append(memory.read())
-    return statistics.median(times), best, STREAM_BYTES / statistics.median(streams) / 1e9
+    used: list[list[float]] = [[] for _ in candidates]
+    best = [math.inf] * len(candidates)
+    streams: list[list[float]] = [[] for _ in candidates]
+    start, round_ = time.perf_counter(), 0
+    while round_ < MIN_ROUNDS or (
+        time.perf_counter() - start < SECONDS and round_ < MAX_ROUNDS
+    ):
+        for i, candidate in enumerate(candidates):
+            first = round_ * TURN_CALLS
+            if threads > 1:
+                # Thread pools of others spin for a while after a call, and would take cores.
+                time.sleep(0.005)
+                candidate.calls[(first - 1) % len(candidate.calls)]()
+            for turn in range(first, first + TURN_CALLS // min(candidate.products, TURN_CALLS)):
+                call = candidate.calls[turn % len(candidate.calls)]
+                wall, cpu = time.perf_counter(), clock()
+                call()
+                cpu, wall = clock() - cpu, time.perf_counter() - wall
+                if round_ > 0:  # the first round warms up
+                    used[i].append(cpu / candidate.products)
+                    best[i] = min(best[i], wall / candidate.products)
+            streams[i].append(memory.read())
+        round_ += 1
+    return [
+        (statistics.median(t), b, STREAM_BYTES / statistics.median(s) / 1e9)
+        for t, b, s in zip(used, best, streams, strict=True)
+    ]
 
 
-def _copies(bytes: int) -> int:
-    return max(3, math.ceil(ROTATED_BYTES / bytes))
+def _copies(shape: tuple[int, int], bits: Sequence[int], group_sizes: Sequence[int]) -> int:
+    """Copies of every weight, so that a round of all implementations times them is enough."""
+    weights = shape[0] * shape[1]
+    a_round = 2.0 * weights
+    for b in bits:
+        for group in group_sizes:
+            scales = 2 * (b + 1) / (group if group > 0 else shape[1])
+            a_round += 3 * weights * (b / 8 + scales)
+    return max(3, math.ceil(ROTATED_BYTES / a_round))
 
 
 def relative_error(y_MO: Tensor, x_MI: Tensor, weight_OI: Tensor) -> float:
@@ -204,8 +218,7 @@ def relative_error(y_MO: Tensor, x_MI: Tensor, weight_OI: Tensor) -> float:
     return float((y_MO[:, : len(weight_OI)].double() - exact).norm() / exact.norm())
 
 
-def _dense(shape: tuple[int, int], x_MI: Tensor) -> Candidate:
-    copies = _copies(2 * shape[0] * shape[1])
+def _dense(shape: tuple[int, int], x_MI: Tensor, copies: int) -> Candidate:
     weights = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(copies)]
     x = x_MI.bfloat16()
     linear = torch.nn.functional.linear
@@ -215,7 +228,7 @@ def _dense(shape: tuple[int, int], x_MI: Tensor) -> Candidate:
 
 
 def _ours(
-    shape: tuple[int, int], x_MI: Tensor, bits: int, group: int
+    shape: tuple[int, int], x_MI: Tensor, bits: int, group: int, copies: int
 ) -> Iterator[Candidate]:
     from lutra.kernels.cpu.linear import CpuKernel
     from lutra.kernels.dispatch import LinearSpec
@@ -239,24 +252,23 @@ def _ours(
         weight.offset[:CHECKED_ROWS].contiguous(), in_features, group,
     ).unpack(torch.float64)
     stored = sum(t.numel() * t.element_size() for t in weight.tensors().values())
-    kernel = CpuKernel(fast=False)
     spec = LinearSpec(
         out_features, in_features, bits, group, weight.uniform, torch.device("cpu"), torch.float32
     )
-    prepared = [kernel.prepare(weight, spec) for _ in range(_copies(stored))]
     for name, fast, dtype in (
         ("lutra", False, torch.float32),
         ("lutra-bf16", False, torch.bfloat16),
         ("lutra-fast", True, torch.float32),
     ):
         kernel, x = CpuKernel(fast), x_MI.to(dtype)
+        prepared = [kernel.prepare(weight, spec) for _ in range(copies)]
         error = relative_error(kernel.linear(x, prepared[0], None, spec), x, checked)
         calls = [partial(kernel.linear, x, p, None, spec) for p in prepared]
         yield Candidate(name, bits, group, stored, calls, error=error)
 
 
 def _torch_int4pack(
-    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
+    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     out_features, in_features = shape
     if group not in (32, 64, 128, 256) or in_features % group:
@@ -269,19 +281,19 @@ def _torch_int4pack(
     stored = packed.numel() * packed.element_size() + both.numel() * 2
     x = x_MI.bfloat16()
     op = torch.ops.aten._weight_int4pack_mm_for_cpu
-    copies = [(packed.clone(), both.clone()) for _ in range(_copies(stored))]
+    weights = [(packed.clone(), both.clone()) for _ in range(copies)]
     dense = (codes[:CHECKED_ROWS] - 8).double() * (
         scale.T[:CHECKED_ROWS].double().repeat_interleave(group, 1)
     )
     error = relative_error(op(x, packed, group, both), x, dense)
     yield Candidate(
         "torch-int4pack", 4, group, stored,
-        [partial(op, x, p, group, s) for p, s in copies], error=error,
+        [partial(op, x, p, group, s) for p, s in weights], error=error,
     )
 
 
 def _onnxruntime(
-    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
+    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     import numpy as np
     onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
@@ -297,7 +309,7 @@ def _onnxruntime(
         packed = rng.integers(0, 256, (out_features, blocks, blob), dtype=np.uint8)
         scale = rng.random(out_features * blocks, dtype=np.float32) * 0.01 + 0.01
         stored = packed.nbytes + scale.nbytes
-        count = min(_copies(stored), int(1.9e9 // stored))  # a model file ends at 2 GB
+        count = min(copies, int(1.9e9 // stored))  # a model file ends at 2 GB
         nodes, constants, outputs = [], [], []
         for i in range(count):
             constants += [
@@ -355,7 +367,7 @@ def _onnxruntime(
 
 
 def _openvino(
-    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
+    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     import numpy as np
     ov = importlib.import_module("openvino")
@@ -370,7 +382,7 @@ def _openvino(
         x = op.parameter([-1, in_features], np.float32, "X")
         base = rng.integers(0, 256, out_features * in_features * bits // 8, dtype=np.uint8)
         kept, results = [], []
-        for i in range(_copies(stored)):
+        for i in range(copies):
             data = np.roll(base, 4099 * (i + 1))
             zero = np.full(zeros_bytes, middle, np.uint8)
             kept += [data, zero]
@@ -392,12 +404,12 @@ def _openvino(
         yield Candidate(
             "openvino", bits, group, stored,
             [partial(request.infer, share_outputs=True)],
-            products=len(results),
+            products=len(results), holds=kept,
         )
 
 
 def _auto_round_lib(
-    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int
+    shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     ark = importlib.import_module("auto_round_kernel")
     out_features, in_features = shape
@@ -416,7 +428,7 @@ def _auto_round_lib(
             codes, scale, torch.empty(0, dtype=torch.int8), group, "int8", kind, "fp32", False
         )
         stored = packed.numel() * packed.element_size()
-        copies = [packed.clone() for _ in range(_copies(stored))]
+        weights = [packed.clone() for _ in range(copies)]
 
         def multiply(p: Tensor, kind: str = kind) -> Tensor:
             return ark.woqgemm(
@@ -427,7 +439,7 @@ def _auto_round_lib(
             scale.T[:CHECKED_ROWS].double().repeat_interleave(group, 1)
         )
         yield Candidate(
-            "auto-round-lib", bits, group, stored, [partial(multiply, p) for p in copies],
+            "auto-round-lib", bits, group, stored, [partial(multiply, p) for p in weights],
             error=relative_error(multiply(packed), x_MI, dense),
         )
 

@@ -62,8 +62,8 @@ def native() -> Any:
     return _native
 
 
-# Largest batches for lookup tables by bits; the fifth number is for all above 4, whose decoding takes
-# two lookups and is slow. Measured with 4096 x 4096 in groups of 128 (docs/performance-cpu.md).
+# Largest batches for lookup tables by bits; the fifth number is for all above 4, whose decoding
+# takes two lookups and is slow. Measured with 4096 x 4096, groups of 128 (docs/performance-cpu.md).
 MOST_ROWS_BY_TABLES = {
     # (matrix unit, numerics): a matrix unit multiplies decoded weights in one pass, in three where
     # activations of more than bfloat16's precision must keep it, or torch multiplies them.
