@@ -15,6 +15,12 @@
 
 #include "few_tokens.cuh"
 
+#if __CUDA_ARCH__ >= 900
+constexpr int UNROLLED = 8;   // products of an item for which both slices are unrolled
+#else
+constexpr int UNROLLED = 4;   // more spill there
+#endif
+
 DEVICE void binary_product(int (&d)[4], u32 a0, u32 a1, u32 b) {
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc "
       "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%7,%7,%7};"
@@ -80,7 +86,7 @@ struct Binary {
                               Sums& sums) {
     const int t = lane & 3, g = lane >> 2;
     const int top = t == 3 ? -8 : 8;    // bit 15 of two's complement is negative
-#pragma unroll (BITS * TOKENS * SPLITS <= 8 ? 2 : 1)
+#pragma unroll (BITS * TOKENS * SPLITS <= UNROLLED ? 2 : 1)
     for (int slice = 0; slice < 2; slice++) {
       const uint2* planes = (const uint2*)(stage + slice * SLICE_BYTES) + lane;
       uint2 bits[TOKENS];

@@ -91,7 +91,7 @@ def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tu
         return ()
     one = _few_plan(layout, scale_bytes, tokens, device, RING_BYTES, 1, 1)
     plans = [one]
-    if tokens <= 4 and layout.group >= 128 and device.processor_shared_bytes >= 2 * (100 << 10):
+    if tokens <= 4 and layout.group >= 128 and device.capability == (9, 0):  # else they spill
         for grid in (1, 2):
             plans.append(_few_plan(layout, scale_bytes, tokens, device, RING_BYTES // 2, 2, grid))
     if one is not None and one.k_warps < one.warps:
