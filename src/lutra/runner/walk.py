@@ -24,6 +24,7 @@ from lutra.evaluate.load import load_tokenizer
 from lutra.formats.checkpoint import SourceCheckpoint, check_finite, quantization_config
 from lutra.formats.output import OutputFolder
 from lutra.methods import Block, BlockRunner, InputStatistics, Method, Result, get_method
+from lutra.runner.allocator import return_large_blocks
 from lutra.runner.calibrate import Calibration, calibration_windows
 from lutra.runner.stream import StreamedModel, compute_dtype
 from lutra.scheme import Format, Scheme
@@ -130,6 +131,7 @@ def quantize_checkpoint(
             f"hundred kB of text like that the model is for"
             + (advice if hasattr(options, "calibrated") else "")
         )
+    return_large_blocks()
     checkpoint = SourceCheckpoint.open(src)
     formats = {"blocks": format} | ({"head": head_format} if head_format else {})
     walk = _Walk(checkpoint, Path(dst), recipe, method, options, formats, torch.device(device))
