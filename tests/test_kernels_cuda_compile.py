@@ -1,6 +1,6 @@
 """Every CUDA kernel compiles for every architecture, without spills. Needs NVRTC, not a GPU.
 
-A representative set by default; all instances with ``LUTRA_COMPILE_ALL=1`` (many hours of one core).
+A representative set by default; all instances with ``LUTRA_COMPILE_ALL=1`` (hours).
 """
 
 from __future__ import annotations
