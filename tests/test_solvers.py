@@ -320,7 +320,7 @@ def test_refit_is_least_squares(shape, kind):
     weight, hessian = _problem(out, inputs)
     hessian = damped(hessian, 0.05)
     solution = round_to_nearest(weight, group, _find(2, kind))
-    refitted = refit_levels(weight, hessian, solution, rows=2)
+    refitted = refit_levels(weight, hessian, solution)
     assert torch.equal(refitted.codes_OI, solution.codes_OI)
     root = torch.linalg.cholesky(hessian.double()).T
     signs = bcq.plane_signs(2).double() if kind == "bcq" else torch.arange(4.0).double()[:, None]

@@ -29,6 +29,10 @@ FindLevels = Callable[[Tensor, Tensor], UniformLevels | FreeLevels]
 """``(weight [O, S], importance [S]) -> levels``."""
 
 
+REFIT_BYTES = 1 << 27
+"""Memory for the float64 normal matrices of :func:`refit_levels`."""
+
+
 @dataclass
 class Solution:
     """Codes and levels of one weight matrix.
@@ -142,15 +146,11 @@ def output_error(weight_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor) ->
     return float(((error_OI @ hessian_II) * error_OI).sum() / signal.clamp_min(1e-30))
 
 
-def refit_levels(
-    weight_OI: Tensor, hessian_II: Tensor, solution: Solution, rows: int = 256
-) -> Solution:
+def refit_levels(weight_OI: Tensor, hessian_II: Tensor, solution: Solution) -> Solution:
     """All scales and offsets of a row at once, least squares under the whole H, codes kept.
 
-    With B the block matrix of the codes' signs, a = (B^T H B)^-1 B^T H w.
-
-    Args:
-        rows: rows solved together (memory grows with ``rows * in * (scales per group)``).
+    With B the block matrix of the codes' signs, a = (B^T H B)^-1 B^T H w. Rows are independent;
+    as many are solved together as keep the normal matrices below `REFIT_BYTES`.
     """
     first = solution.levels[0]
     if isinstance(first, UniformLevels):
@@ -162,6 +162,7 @@ def refit_levels(
     in_features, group_size = weight_OI.shape[1], solution.group_size
     groups, unknowns = len(solution.levels), table_LP.shape[1]
     bounds = [(g * group_size, min((g + 1) * group_size, in_features)) for g in range(groups)]
+    rows = max(1, min(256, REFIT_BYTES // (8 * (groups * unknowns) ** 2)))
     fitted = []
     for first_row in range(0, weight_OI.shape[0], rows):
         rows_RI = weight_OI[first_row : first_row + rows]
