@@ -315,11 +315,13 @@ def test_inverse_cholesky_is_what_it_says():
 
 @pytest.mark.parametrize("kind", ["ubcq", "bcq"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_refit_is_least_squares(shape, kind):
+def test_refit_is_least_squares(shape, kind, monkeypatch):
     out, inputs, group = shape
     weight, hessian = _problem(out, inputs)
     hessian = damped(hessian, 0.05)
     solution = round_to_nearest(weight, group, _find(2, kind))
+    two_rows = 2 * 8 * (len(solution.levels) * (3 if kind == "bcq" else 2)) ** 2
+    monkeypatch.setattr("lutra.solvers.gptq_loop.REFIT_BYTES", two_rows)
     refitted = refit_levels(weight, hessian, solution)
     assert torch.equal(refitted.codes_OI, solution.codes_OI)
     root = torch.linalg.cholesky(hessian.double()).T
