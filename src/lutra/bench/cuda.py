@@ -220,7 +220,10 @@ def _ours(
     group_size = in_features if group <= 0 else group
     uniform = kind == "ubcq" and bits > 1
     spec = LinearSpec(out_features, in_features, bits, group_size, uniform, device, dtype)
-    kernel = choose(spec).kernel
+    choice = choose(spec)
+    kernel = choice.kernel
+    if kernel.name == "reference":
+        raise KernelError(f"no CUDA kernel for {spec}: {choice.reason}")
 
     def random_weight() -> BitPlanes:
         return random_planes(out_features, in_features, bits, group_size, uniform, device)

@@ -92,6 +92,7 @@ class Function:
                     f"give kernel {name} {shared_bytes} bytes of shared memory",
                 )
         self._configs: dict[int, Any] = {}
+        self._lock = threading.Lock()
         self._launch = driver.cuLaunchKernelEx
 
     def _config(self, cluster: int) -> Any:
@@ -124,12 +125,13 @@ class Function:
         config = self._configs.get(cluster)
         if config is None:
             config = self._configs[cluster] = self._config(cluster)
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.hStream = torch.cuda.current_stream(self.device.index).cuda_stream
         pointer = ctypes.c_void_p(ctypes.addressof(arguments))
-        # The driver copies the arguments before it returns.
-        result = self._launch(config, self._function, ctypes.addressof(pointer), 0)
+        with self._lock:  # the settings are shared by all threads
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+            config.hStream = torch.cuda.current_stream(self.device.index).cuda_stream
+            # The driver copies the arguments before it returns.
+            result = self._launch(config, self._function, ctypes.addressof(pointer), 0)
         if result[0] != 0:
             _ok(result, f"launch kernel {self.name}")
 
