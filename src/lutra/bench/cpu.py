@@ -2,8 +2,8 @@
 
 Protocol: all implementations of one shape and batch take turns, so that neighbours disturb all
 alike: an untimed call and four timed ones, as layers of a model follow each other, and a plain read
-of 4 MiB of memory. Each call takes the next copy of the weight; between two uses of a copy more than
-600 MB are read, so no cache holds it. The reads give the limit that bytes per second are held
+of 4 MiB of memory. Each call takes the next copy of the weight; between two uses of a copy more
+than 600 MB are read, so no cache holds it. The reads give the limit that bytes per second are held
 against.
 
 With one thread, ``us`` is the median of the process's CPU time, which a busy machine disturbs less

@@ -1,4 +1,4 @@
-// AVX-512 with VBMI and VNNI: Ice Lake, Sapphire Rapids, Zen 4 and later.
+// AVX-512 with VBMI, VNNI and GFNI: Ice Lake, Sapphire Rapids, Zen 4 and later.
 #define LUTRA_VNNI 1
 #include "avx512.inc"
 

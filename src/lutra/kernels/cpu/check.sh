@@ -28,7 +28,7 @@ avx2="-mavx2 -mfma -mf16c"
 avx512="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 if [ "$(uname -m)" = x86_64 ]; then
   build g++ x86 "features:-DLUTRA_AMX=1" "avx2:$avx2" "avx512bw:$avx512" \
-    "avx512vnni:$avx512 -mavx512vbmi -mavx512vnni" "amx:$avx512 -mamx-tile -mamx-bf16"
+    "avx512vnni:$avx512 -mavx512vbmi -mavx512vnni -mgfni" "amx:$avx512 -mamx-tile -mamx-bf16"
   echo "this processor:"
   "$work/x86"
   if command -v qemu-x86_64 >/dev/null; then

@@ -57,8 +57,8 @@ Features detect() {
   f.avx2 = ymm && fma && f16c && (b >> 5 & 1);
   const bool foundation = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
   f.avx512bw = zmm && f.avx2 && foundation && dq && bw && vl;
-  const bool vbmi = c >> 1 & 1, vnni = c >> 11 & 1;
-  f.avx512vnni = f.avx512bw && vbmi && vnni;
+  const bool vbmi = c >> 1 & 1, gfni = c >> 8 & 1, vnni = c >> 11 & 1;
+  f.avx512vnni = f.avx512bw && vbmi && gfni && vnni;
   const bool tiles_saved = (low & 0x60000) == 0x60000;
   f.amx = f.avx512vnni && tiles_saved && (d >> 22 & 1) && (d >> 24 & 1) && request_tiles();
 #endif
