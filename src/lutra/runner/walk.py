@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lutra.errors import CalibrationError, CheckpointError, SchemeError
-from lutra.evaluate.load import load_tokenizer
+from lutra.evaluate.load import check_device, load_tokenizer
 from lutra.formats.checkpoint import SourceCheckpoint, check_finite, quantization_config
 from lutra.formats.output import OutputFolder
 from lutra.methods import Block, BlockRunner, InputStatistics, Method, Result, get_method
@@ -116,6 +116,7 @@ def quantize_checkpoint(
     Raises:
         LutraError: with a message that names the file, tensor or option and the way out.
     """
+    check_device(device)
     method = get_method(recipe.method)
     options = method.parse_options(recipe.options)
     serve = tuple(sorted({b for b in recipe.serve_bits if b != recipe.bits}))
