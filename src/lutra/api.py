@@ -79,20 +79,12 @@ def load(
         CheckpointError: the folder is damaged or not a checkpoint.
         SchemeError: the file does not serve ``bits``.
     """
-    from lutra.errors import SchemeError
-    from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint
+    from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint, serve
     from lutra.evaluate.size import measure_size
-    from lutra.nn import QuantizedLinear
 
     checkpoint = open_checkpoint(folder)
     torch_dtype, _ = choose_dtype(dtype, measure_size(checkpoint.path).parameters, device)
     model = load_model(checkpoint, device, torch_dtype)
     if bits is not None:
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-        served = [m for m in layers if bits in (*m.format.serve_bits, m.format.bits)]
-        if not served:
-            offered = sorted({b for m in layers for b in (*m.format.serve_bits, m.format.bits)})
-            raise SchemeError(f"{folder} serves {offered or 'no'} bits, not {bits}")
-        for layer in served:
-            layer.serve(bits)
+        serve(model, bits, folder)
     return model, load_tokenizer(checkpoint)

@@ -17,11 +17,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from lutra.errors import LutraError, SchemeError
 
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what to tell the user."""
+
+
+class _Verbs(typer.core.TyperGroup):
+    """typer ends on Ctrl-C without a word, or with status 1, depending on its version."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted("interrupted") from None
+
+
 app = typer.Typer(
     name="lutra",
+    cls=_Verbs,
     help="Make a large language model low-bit, know what that cost, and run it fast.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,6 +47,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+ServedBits = Annotated[
+    int | None, typer.Option("--bits", help="Lower precision of a file that serves several.")
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; chosen by model and device.")
 ]
@@ -45,8 +65,8 @@ def main() -> None:
     except LutraError as error:
         _say(f"[bold red]error:[/] {_escape(str(error))}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except (_Interrupted, KeyboardInterrupt) as stop:
+        _say(_escape(str(stop) or "interrupted"))
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for GPUs alone; on CPU only the text tells.
@@ -104,14 +124,19 @@ def quantize(
     if reconstruct:
         options["reconstruct"] = True
     started = time.perf_counter()
-    with _progress("quantizing") as update:
-        report = run(
-            src, dst, method=method, bits=bits, group_size=group_size, kind=str(kind),
-            calibration=calibration, samples=samples, seq_len=seq_len,
-            serve_bits=_integers("--serve-bits", serve_bits), lm_head_bits=lm_head_bits,
-            device=device, seed=seed, options=options,
-            on_progress=lambda p: update(p.done, p.total, p.what),
-        )  # fmt: skip
+    try:
+        with _progress("quantizing") as update:
+            report = run(
+                src, dst, method=method, bits=bits, group_size=group_size, kind=str(kind),
+                calibration=calibration, samples=samples, seq_len=seq_len,
+                serve_bits=_integers("--serve-bits", serve_bits), lm_head_bits=lm_head_bits,
+                device=device, seed=seed, options=options,
+                on_progress=lambda p: update(p.done, p.total, p.what),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise _Interrupted(
+            "interrupted. The same command again goes on with the block where this one stopped."
+        ) from None
     seconds = time.perf_counter() - started
     _write_card(dst, src)
     if as_json:
@@ -138,6 +163,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint, dense or quantized.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.")] = None,
     against: Annotated[str | None, typer.Option(help="The original checkpoint.")] = None,
+    bits: ServedBits = None,
     tasks: Annotated[str, typer.Option(help="Task names, such as lambada,arc_easy.")] = "",
     tasks_dir: Annotated[Path | None, typer.Option(help="Folder of the task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items per task.")] = None,
@@ -154,7 +180,7 @@ def evaluate(
 
     with _progress("evaluating") as update:
         result = run(
-            model, text=text, against=against, seq_len=seq_len, max_windows=max_windows,
+            model, text=text, against=against, bits=bits, seq_len=seq_len, max_windows=max_windows,
             tasks=[t for t in tasks.split(",") if t], tasks_dir=tasks_dir, limit=limit,
             device=device, dtype=dtype, batch_size=batch_size, join=join,
             progress=lambda done, total: update(done, total, "windows"),
@@ -179,6 +205,7 @@ def evaluate(
 def generate(
     model: Annotated[str, typer.Argument(help="Checkpoint, dense or quantized.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    bits: ServedBits = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
@@ -195,8 +222,8 @@ def generate(
         sys.stdout.flush()
 
     result = run(
-        model, prompt, max_new_tokens, device=device, dtype=dtype, temperature=temperature,
-        top_p=top_p, seed=seed, stream=None if as_json else show,
+        model, prompt, max_new_tokens, bits=bits, device=device, dtype=dtype,
+        temperature=temperature, top_p=top_p, seed=seed, stream=None if as_json else show,
     )  # fmt: skip
     if as_json:
         _print_json(result)
@@ -280,7 +307,7 @@ def plan(
         _print_json(result)
         return
     rows = [
-        (key.replace("_", " "), _in_words(value))
+        (key.replace("_", " "), _in_words(key, value))
         for key, value in result.items()
         if key not in ("layers", "problems", "warnings")
     ]
@@ -475,11 +502,13 @@ def _number(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _in_words(value: Any) -> str:
+def _in_words(name: str, value: Any) -> str:
+    """A value of a plan: bytes as gigabytes, tables entry by entry."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k.replace('_', ' ')} {_in_words(v)}" for k, v in value.items())
-    if isinstance(value, int) and not isinstance(value, bool) and value > 10**6:
-        return f"{value / 1e9:.3f} GB"
+        return ", ".join(f"{k.replace('_', ' ')} {_in_words(k, v)}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        is_size = "bytes" in name or name in ("program", "activations", "block or head")
+        return f"{value / 1e9:.3f} GB" if is_size else f"{value:,}"
     return _number(value)
 
 

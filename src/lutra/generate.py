@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lutra.errors import CheckpointError, LutraError, SchemeError
-from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint
+from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint, serve
 from lutra.evaluate.perplexity import positions_of
 from lutra.evaluate.size import measure_size
 
@@ -22,6 +22,7 @@ def generate(
     prompt: str,
     max_new_tokens: int = 64,
     *,
+    bits: int | None = None,
     device: str = "cpu",
     dtype: str | None = None,
     temperature: float = 0.0,
@@ -36,6 +37,7 @@ def generate(
         prompt: the text to continue.
         max_new_tokens: at most so many; fewer where the model ends the text, or has no positions
             left.
+        bits: run this lower precision of a file that serves several.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default as ``lutra eval`` chooses.
         temperature: 0 takes the most likely token each time; above, tokens are drawn.
@@ -70,6 +72,8 @@ def generate(
         raise LutraError("the tokenizer makes no tokens of this prompt. Give some more text.")
     torch_dtype, _ = choose_dtype(dtype, measure_size(checkpoint.path).parameters, device)
     model = load_model(checkpoint, device, torch_dtype)
+    if bits is not None:
+        serve(model, bits, checkpoint.path)
     positions = positions_of(model.config)
     room = max_new_tokens if positions is None else min(max_new_tokens, positions - prompt_tokens)
     if room < 1:

@@ -39,6 +39,8 @@ def check_device(device: str) -> None:
         kind = torch.device(device)
     except RuntimeError as error:
         raise SchemeError(f"{device!r} is no device; devices are cpu, cuda, cuda:1") from error
+    if kind.type not in ("cpu", "cuda"):
+        raise SchemeError(f"lutra computes on cpu and cuda, not on {device!r}")
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ResourceError(
@@ -118,6 +120,37 @@ def load_model(
         ) from error
     finally:
         logging.enable_progress_bar()
+
+
+def serve(model: Any, bits: int, folder: str | Path) -> float:
+    """Let a loaded model multiply with the first ``bits`` planes of its layers only.
+
+    Layers that do not offer ``bits`` (a head with a width of its own) stay as they are.
+
+    Returns:
+        Bits per weight of what is read then: those planes, and the scales and offsets for them.
+
+    Raises:
+        SchemeError: the checkpoint does not serve ``bits``.
+    """
+    from lutra.nn import QuantizedLinear
+
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    offers = {m: sorted({*m.format.serve_bits, m.format.bits}) for m in layers}
+    if not any(bits in offered for offered in offers.values()):
+        there = sorted({b for offered in offers.values() for b in offered})
+        raise SchemeError(
+            f"{folder} can not serve {bits} bits: it was quantized for "
+            f"{', '.join(map(str, there)) or 'none'}. Quantize with --serve-bits to serve more."
+        )
+    stored_bits, weights = 0.0, 0
+    for layer in layers:
+        if bits in offers[layer]:
+            layer.serve(bits)
+        count = layer.in_features * layer.out_features
+        stored_bits += layer.bitplanes().bits_per_weight() * count
+        weights += count
+    return stored_bits / weights
 
 
 def load_tokenizer(checkpoint: SourceCheckpoint) -> Any:

@@ -21,6 +21,7 @@ from lutra.evaluate.load import (
     load_model,
     load_tokenizer,
     open_checkpoint,
+    serve,
 )
 from lutra.evaluate.perplexity import (
     JOINS,
@@ -134,6 +135,7 @@ def evaluate(
     *,
     text: str | Path | None = None,
     against: str | Path | None = None,
+    bits: int | None = None,
     seq_len: int | None = None,
     max_windows: int | None = None,
     tasks: Sequence[str] | None = None,
@@ -154,6 +156,8 @@ def evaluate(
         model_dir: the checkpoint's folder (or a hub id).
         text: a UTF-8 file to measure perplexity on; may be left out if tasks are given.
         against: the original checkpoint, for KL divergence and top-1 agreement.
+        bits: measure this lower precision of a file that serves several; ``bits_per_weight`` is
+            then that of the planes, scales and offsets in use.
         seq_len: tokens of a window; by default the smaller of 2048 and the model's positions.
         max_windows: stop after so many windows.
         tasks: names of task files, ``lambada`` or ``arc_easy`` (:mod:`lutra.evaluate.tasks`).
@@ -212,6 +216,7 @@ def evaluate(
         windows = cut_windows(Path(text), tokenizer, vocab_size, seq_len, max_windows, join)
         window_batch = batch_size or default_batch_size(seq_len, vocab_size)
     model = load_model(checkpoint, device, torch_dtype)
+    served_bits = None if bits is None else serve(model, bits, checkpoint.path)
     if windows is not None:
         reference = None if original is None else load_model(original, device, torch_dtype)
         comparison = compare(
@@ -225,7 +230,7 @@ def evaluate(
             ("perplexity", "perplexity_reference", "kl_mean", "kl_p99", "top1_agreement")
         ) | {"tokens": 0}
     result |= {
-        "bits_per_weight": size.bits_per_weight,
+        "bits_per_weight": size.bits_per_weight if served_bits is None else served_bits,
         "bits_per_parameter": size.bits_per_parameter,
         "size_bytes": size.size_bytes,
         "parameters": size.parameters,
