@@ -1,0 +1,1 @@
+"""Measurements: one kernel, or a whole model."""
