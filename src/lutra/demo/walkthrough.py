@@ -149,14 +149,20 @@ def _quantize_and_measure(
 
     destination = models / name.replace(" ", "-")
     begin = time.perf_counter()
-    quantize(
+    report = quantize(
         MODEL, destination, method=variant.method, bits=bits, group_size=GROUP_SIZE,
         calibration=calibration if variant.calibrated else None, samples=samples,
         seq_len=CONTEXT, options=variant.options,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     row = _measure(name, variant.name, destination, text, max_windows)
-    return row | {"quantize_seconds": seconds}
+    # Errors of weights (no calibration) and of outputs do not belong in one plot.
+    layers = {
+        layer: {key: fact[key] for key in ("error", "error_of")}
+        for layer, fact in report["layers"].items()
+        if fact["error_of"] == "output"
+    }
+    return row | {"quantize_seconds": seconds, "layers": layers}
 
 
 def _measure(
