@@ -116,9 +116,10 @@ def plot_layer_errors(layers: Mapping[str, float], of: str = "") -> str:
 def plot_block_errors(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean relative error of each block's layers, one line for each row that has layer errors.
 
-    A method keeps its colour (that of :func:`plot_against_bits` where all rows have errors), and
-    the rows of one method differ in the style of their lines.
+    A method keeps the colour that it has in :func:`plot_against_bits`, and the rows of one method
+    differ in the style of their lines.
     """
+    colours = list(dict.fromkeys(str(row.get("method") or row.get("name")) for row in rows))
     methods: dict[str, int] = {}
     lines = []
     for row in rows:
@@ -132,7 +133,7 @@ def plot_block_errors(rows: Sequence[Mapping[str, Any]]) -> str:
             style = methods[method] = methods.get(method, -1) + 1
             points = [(b, sum(e) / len(e)) for b, e in sorted(blocks.items())]
             label = str(row.get("name") or method)
-            lines.append(_Line(label, points, list(methods).index(method), style))
+            lines.append(_Line(label, points, colours.index(method), style))
     label = _error_label(error_of(rows)) + ", mean of block"
     return _by_block(lines, label, "error of each block")
 
