@@ -103,7 +103,7 @@ def test_saving_a_lower_precision_keeps_the_whole_file(served, tmp_path):
 
 
 def test_precisions_that_are_not_served(served):
-    with pytest.raises(SchemeError, match=r"serves \[2, 3, 4, 8\] bits, not 5"):
+    with pytest.raises(SchemeError, match="2, 3, 4, 8"):
         lutra.load(served[0], bits=5)
 
 

@@ -338,11 +338,16 @@ def bench_kernel(
 ) -> None:
     """Time the kernels beside dense and every installed peer, in one run."""
     from lutra.bench.kernel import run
+    from lutra.scheme import Format
 
+    group_sizes = _integers("--group-size", group_size)
+    for size in group_sizes:
+        Format("bcq", 4, size)  # refuses what no format has
+    _integers("--threads", str(threads), 1)
     result = run(
-        device=device, shapes=_shapes(shape), batches=_integers("--batch", batch),
-        bits=_integers("--bits", bits), group_sizes=_integers("--group-size", group_size),
-        threads=threads, peers=peers,
+        device=device, shapes=_shapes(shape), batches=_integers("--batch", batch, 1),
+        bits=_integers("--bits", bits, 1, 8), group_sizes=group_sizes, threads=threads,
+        peers=peers,
     )  # fmt: skip
     if as_json:
         _print_json(result)
@@ -446,11 +451,16 @@ def _pairs(settings: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _integers(option: str, text: str) -> list[int]:
+def _integers(option: str, text: str, least: int | None = None, most: int = 2**31) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise SchemeError(f"{option} takes whole numbers by comma, not {text!r}") from None
+    for number in numbers:
+        if least is not None and not least <= number <= most:
+            end = f" to {most}" if most < 2**31 else " or more"
+            raise SchemeError(f"{option} takes numbers of {least}{end}, not {number}")
+    return numbers
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
