@@ -171,9 +171,7 @@ _LLAMA = Architecture(
         ("mlp.down_proj",),
     ),
     folds=(
-        FoldSite(
-            "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        ),
+        FoldSite("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         FoldSite("self_attn.v_proj", ("self_attn.o_proj",), per_head=True),
         FoldSite("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         FoldSite("mlp.up_proj", ("mlp.down_proj",)),

@@ -263,9 +263,7 @@ def _block_linears(
         index += 1
 
 
-def _linear(
-    checkpoint: SourceCheckpoint, name: str, block: int | None, transposed: bool
-) -> Linear:
+def _linear(checkpoint: SourceCheckpoint, name: str, block: int | None, transposed: bool) -> Linear:
     stored = checkpoint.resolve(f"{name}.weight")
     if stored is None:
         raise CheckpointError(
@@ -378,9 +376,7 @@ def _memory(
     }
 
 
-def _kv_cache_bytes(
-    checkpoint: SourceCheckpoint, architecture: Architecture, context: int
-) -> int:
+def _kv_cache_bytes(checkpoint: SourceCheckpoint, architecture: Architecture, context: int) -> int:
     """Keys and values of ``context`` tokens in 16 bit; 0 where attention's shape is unknown."""
     blocks = checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layer") or 0
     return 2 * 2 * blocks * architecture.kv_heads * architecture.head_dim * context
