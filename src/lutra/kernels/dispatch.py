@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,14 @@ class LinearSpec:
     device: torch.device
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, weight: BitPlanes, dtype: torch.dtype) -> LinearSpec:
+        """What there is to know of a weight, for activations of ``dtype``."""
+        return cls(
+            weight.out_features, weight.in_features, weight.bits, weight.group_size,
+            weight.uniform, weight.planes.device, dtype,
+        )  # fmt: skip
+
 
 class Kernel(ABC):
     """One way to compute ``x @ weight.T + bias`` from bit planes."""
@@ -70,9 +80,14 @@ class Kernel(ABC):
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel and the reason for it, for logs and ``lutra inspect --kernels``."""
+    """A kernel and the reason for it, for logs and ``lutra inspect --kernels``.
 
-    kernel: Kernel
+    Attributes:
+        kernel: a :class:`Kernel`, or another kind of kernel for another kind of layer.
+        reason: in words.
+    """
+
+    kernel: Any
     reason: str
 
 
@@ -91,23 +106,32 @@ def kernels() -> tuple[Kernel, ...]:
 
 @cache
 def choose(spec: LinearSpec) -> Choice:
-    """The first kernel that supports ``spec``; the reason lists those passed over.
+    """The first kernel that supports ``spec``; see :func:`first_supporting`."""
+    return first_supporting(spec, kernels())
+
+
+def first_supporting(spec: Any, candidates: Sequence[Any]) -> Choice:
+    """The first of several kernels that supports ``spec``; the reason lists those passed over.
+
+    Args:
+        spec: what the kernels' ``supports`` takes.
+        candidates: kernels, fastest first; the last supports everything.
 
     Raises:
         KernelError: ``LUTRA_KERNEL`` names a kernel that does not exist or cannot run ``spec``.
     """
     forced = os.environ.get("LUTRA_KERNEL")
     if forced:
-        for kernel in kernels():
+        for kernel in candidates:
             if kernel.name == forced:
                 refusal = kernel.supports(spec)
                 if refusal:
                     raise KernelError(f"LUTRA_KERNEL={forced} cannot run {spec}: {refusal}")
                 return Choice(kernel, f"forced by LUTRA_KERNEL={forced}")
-        names = ", ".join(k.name for k in kernels())
+        names = ", ".join(k.name for k in candidates)
         raise KernelError(f"LUTRA_KERNEL={forced}: no such kernel; there are {names}")
     passed_over: list[str] = []
-    for kernel in kernels():
+    for kernel in candidates:
         refusal = kernel.supports(spec)
         if refusal is None:
             reason = "; ".join(passed_over) or "fastest available"
