@@ -323,6 +323,13 @@ def families() -> list[str]:
     return sorted(_TABLE)
 
 
+def sibling_groups(family: str | None) -> tuple[tuple[str, ...], ...]:
+    """Paths in a block of linears that read one input, by groups of two and more."""
+    if family not in _TABLE:
+        return ()
+    return tuple(group for group in _TABLE[family][0].groups if len(group) > 1)
+
+
 def architecture_of(
     config: Mapping[str, Any] | PretrainedConfig, model: nn.Module | None = None
 ) -> Architecture:

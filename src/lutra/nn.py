@@ -13,6 +13,7 @@ from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
 from lutra.formats.grouped import Grouped
 from lutra.kernels.dispatch import Choice, LinearSpec, choose
 from lutra.scheme import Format
+from lutra.siblings import Siblings
 
 
 class QuantizedLinear(nn.Module):
@@ -21,6 +22,7 @@ class QuantizedLinear(nn.Module):
     The parameters carry the names and shapes of the checkpoint (``weight`` int32 ``[bits, out,
     ceil(in / 32)]`` and companions ``weight_*``). :meth:`prepare` hands them to the kernel of the
     device, in the kernel's own layout, and frees them; ``state_dict`` gives the stored form back.
+    Layers that read one input may share a product, see :mod:`lutra.siblings`.
 
     Args:
         in_features, out_features: shape of the layer.
@@ -69,6 +71,9 @@ class QuantizedLinear(nn.Module):
         self._choice: Choice | None = None
         self._spec: LinearSpec | None = None
         self._prepared: list[Tensor] = []
+        self.siblings: Siblings | None = None
+        self._place = 0
+        self._is_joined = False
 
     @classmethod
     def from_weight(
@@ -105,7 +110,7 @@ class QuantizedLinear(nn.Module):
         if bits != self.format.bits and bits not in self.format.serve_bits:
             allowed = sorted({*self.format.serve_bits, self.format.bits})
             raise ValueError(f"this layer serves {allowed} bits, not {bits}")
-        self._release()
+        self.release()
         self.served_bits = bits
 
     @property
@@ -113,53 +118,95 @@ class QuantizedLinear(nn.Module):
         """The kernel in use and the reason for it; None before :meth:`prepare`."""
         return self._choice
 
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the weight lies, in whichever form."""
+        if self._spec is not None:
+            return self._spec.device
+        return self.weight.device
+
     def prepare(self, dtype: torch.dtype) -> Choice:
         """Choose the kernel for activations of ``dtype`` and give it the weight in its layout."""
-        self._release()
+        if self.siblings is not None and self.siblings.prepare(dtype):
+            assert self._choice is not None
+            return self._choice
+        self.release()
         weight = self.bitplanes()
-        self._spec = LinearSpec(
-            self.out_features,
-            self.in_features,
-            weight.bits,
-            self.group_size,
-            weight.uniform,
-            weight.planes.device,
-            dtype,
-        )
+        self._spec = LinearSpec.of(weight, dtype)
         self._choice = choose(self._spec)
         self._prepared = self._choice.kernel.prepare(weight, self._spec)
-        # Only a kernel that holds exactly the stored weight replaces it; otherwise both stay.
-        if self.format.kind != "int" and not self.format.serve_bits and self._owns_layout():
-            for name in self._stored_names:
-                self._parameters[name] = None
+        held = {t.data_ptr() for t in self._prepared}
+        if self.weight.data_ptr() not in held:
+            self._drop_stored()
         return self._choice
 
     def prepare_if_local(self, dtype: torch.dtype) -> None:
-        """:meth:`prepare`, unless tensor parallelism has sharded the weight."""
+        """:meth:`prepare`, unless that is done or tensor parallelism has sharded the weight."""
         weight = self._parameters["weight"]
-        if weight is not None and not weight.is_meta and not hasattr(weight, "to_local"):
+        if self._choice is not None or weight is None:
+            return
+        if not weight.is_meta and not hasattr(weight, "to_local"):
             self.prepare(dtype)
 
-    def _owns_layout(self) -> bool:
-        held = {t.data_ptr() for t in self._prepared}
-        return self.weight.data_ptr() not in held
+    def _drop_stored(self) -> None:
+        # Only a kernel that holds exactly the stored weight replaces it; otherwise both stay.
+        if self.format.kind != "int" and not self.format.serve_bits:
+            for name in self._stored_names:
+                self._parameters[name] = None
 
     def _stored_parameters(self) -> dict[str, Tensor]:
-        if self._parameters["weight"] is None:
-            assert self._choice is not None and self._spec is not None
-            return self._choice.kernel.restore(self._prepared, self._spec).tensors()
-        return {n: getattr(self, n).data for n in self._stored_names}
+        if self._parameters["weight"] is not None:
+            return {n: getattr(self, n).data for n in self._stored_names}
+        if self._is_joined:
+            assert self.siblings is not None
+            return self.siblings.stored(self._place).tensors()
+        assert self._choice is not None and self._spec is not None
+        return self._choice.kernel.restore(self._prepared, self._spec).tensors()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Back to stored parameters, before the device, dtype or served bits change."""
+        if self._is_joined:
+            assert self.siblings is not None
+            self.siblings.release()
         if self._choice is None:
             return
-        for name, tensor in self._stored_parameters().items():
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self._keep_stored(self._stored_parameters())
         self._choice, self._spec, self._prepared = None, None, []
 
+    def _keep_stored(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    # ---- called by Siblings
+
+    def enter_siblings(self, siblings: Siblings, place: int) -> None:
+        """Become a member of a group, whose rows from some place on are this layer's."""
+        self.siblings, self._place = siblings, place
+        siblings.enter(self, place)
+
+    def joined(self, choice: Choice, spec: LinearSpec) -> None:
+        """The group holds the weight now, and multiplies it with ``choice``."""
+        self._choice, self._spec, self._is_joined = choice, spec, True
+        self._drop_stored()
+
+    @property
+    def gave_up_weight(self) -> bool:
+        """Whether only the prepared form of the weight is held."""
+        return self._parameters["weight"] is None
+
+    def parted(self, weight: BitPlanes | None) -> None:
+        """The group ends and gives the weight back; None if this layer has kept its own."""
+        if weight is not None:
+            self._keep_stored(weight.tensors())
+        self._choice, self._spec, self._is_joined = None, None, False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.siblings is not None:  # a copy of the group, which a copied layer enters itself
+            self.siblings.enter(self, self._place)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        self._release()
+        self.release()
         # The tensors, not the parameters: those get their new values in place.
         parameters = {n: self._parameters[n] for n in self._stored_names if n != "weight"}
         scales = {n: None if p is None else p.data for n, p in parameters.items()}
@@ -177,13 +224,21 @@ class QuantizedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self._stored_parameters().items():
             destination[prefix + name] = tensor
+        if self._is_joined and self.bias is not None and not keep_vars:
+            # It is a part of a larger tensor, and what is saved must not share memory.
+            destination[prefix + "bias"] = self.bias.detach().clone()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._release()
+        self.release()
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._choice is None or (self._spec is not None and self._spec.dtype != x.dtype):
+            self.prepare(x.dtype)
+        if self._is_joined:
+            assert self.siblings is not None
+            if self.siblings.usable():
+                return self.siblings.multiply(x, self._place)
             self.prepare(x.dtype)
         assert self._choice is not None and self._spec is not None
         return self._choice.kernel.linear(x, self._prepared, self.bias, self._spec)
@@ -191,4 +246,10 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         kernel = self._choice.kernel.name if self._choice else "not prepared"
         bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, {self.format}, {bias=}, kernel={kernel}"
+        shown = f"{self.in_features}, {self.out_features}, {self.format}, {bias=}, kernel={kernel}"
+        if self.siblings is None:
+            return shown
+        if self._is_joined:
+            others = [n for i, n in enumerate(self.siblings.names) if i != self._place]
+            return f"{shown}, one product with {' and '.join(others)}"
+        return f"{shown}, alone: {self.siblings.apart}" if self.siblings.apart else shown

@@ -28,6 +28,7 @@ from lutra.formats.checkpoint import (
 from lutra.formats.shard import read_header
 from lutra.nn import QuantizedLinear
 from lutra.scheme import Format, Scheme
+from lutra.siblings import join_siblings
 
 
 class LutraConfig(QuantizationConfigMixin):
@@ -79,6 +80,7 @@ class LutraQuantizer(HfQuantizer):
         return scheme.format_of(name) or scheme.format_of(f"{prefix}.{name}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        join_siblings(model)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.prepare_if_local(model.dtype)
