@@ -50,6 +50,8 @@ class Lowered:
         digits: int8 ``[out, columns]``, weights.
         source: int32 ``[columns]``, channel of each column.
         piece: int16 ``[columns]``, which part of the channel's integer it takes.
+        origin: int32 ``[columns]``, the column of weights that stands here (without ``merge`` the
+            stored one); -1 for padding.
         high: columns that are multiplied by the base, in front; a multiple of the tile.
         base: B.
     """
@@ -57,6 +59,7 @@ class Lowered:
     digits: Tensor
     source: Tensor
     piece: Tensor
+    origin: Tensor
     high: int
     base: int
 
@@ -124,6 +127,7 @@ def lower(
     which_C = torch.cat([high_part, rest])
     piece_C = torch.cat([high_pieces, rest_pieces])
     padding_C = which_C < 0
+    origin_C = which_C.to(torch.int32)
     which_C = which_C.clamp_min(0)
     digits_OC = torch.where(padding_C, 0, weights_OW[:, which_C]).to(torch.int8)
     source_C = torch.where(padding_C, 0, channel_W[which_C])
@@ -131,6 +135,7 @@ def lower(
         digits_OC.contiguous(),
         source_C.to(torch.int32),
         torch.where(padding_C, 0, piece_C).to(torch.int16),
+        origin_C,
         len(high_part),
         base,
     )
