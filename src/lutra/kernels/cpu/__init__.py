@@ -1,7 +1,9 @@
-"""CPU kernels for bit planes: lookup tables with AVX-512, AVX2, NEON or plain C++.
+"""CPU kernels: lookup tables for bit planes with AVX-512, AVX2, NEON or plain C++, and integer
+products for flattened layers with AMX, VNNI, AVX2 or plain C++.
 
-``LUTRA_CPU_ISA`` forces an instruction set (``avx512vnni``, ``avx512bw``, ``avx2``, ``neon``,
-``portable``), for tests and comparisons.
+``LUTRA_CPU_ISA`` forces an instruction set (``amx``, ``avx512vnni``, ``avx512bw``, ``avxvnni``,
+``avx2``, ``neon``, ``portable``), for tests and comparisons. Kernels that have none of that name
+take the nearest below.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import logging
 from functools import cache
 
 from lutra.kernels.dispatch import Kernel
+from lutra.kernels.flat import FlatKernel
 
 logger = logging.getLogger(__name__)
 
@@ -33,3 +36,18 @@ def kernels() -> list[Kernel]:
         )
         return []
     return [CpuKernel(fast=False), CpuKernel(fast=True)]
+
+
+@cache
+def flat_kernels() -> list[FlatKernel]:
+    """CPU kernels of flattened layers; empty without the extension, which :func:`kernels` says.
+
+    Raises:
+        KernelError: ``LUTRA_CPU_ISA`` names a level that this machine or build does not have.
+    """
+    if not kernels():
+        return []
+    from lutra.kernels.cpu.flat import CpuFlatKernel, native
+
+    native()
+    return [CpuFlatKernel()]

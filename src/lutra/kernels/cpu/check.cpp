@@ -7,6 +7,7 @@
 
 #include "engine.h"
 #include "features.h"
+#include "flat.h"
 
 using namespace lutra;
 
@@ -124,6 +125,62 @@ int check(const Isa& isa, int out, int in, int bits, int group, bool uniform_lev
   return failures;
 }
 
+// One flattened layer of static step, with high columns and none; integers, so nothing may differ.
+int check_flat(const FlatLevel& level, int out, int in, int bits, int m) {
+  const int high = in > 100 ? kFlatColumns : 0;
+  const int columns = high + (in + kFlatColumns - 1) / kFlatColumns * kFlatColumns;
+  const int words = (in * bits + 31) / 32, others = columns - in, most = (1 << (bits - 1)) - 1;
+  std::vector<int> weight((size_t)out * in);
+  std::vector<uint32_t> digits((size_t)out * words);
+  for (int o = 0; o < out; o++)
+    for (int i = 0; i < in; i++) {
+      const int w = (int)(random_bits() % (2 * most + 1)) - most;
+      weight[(size_t)o * in + i] = w;
+      digits[(size_t)o * words + i * bits / 32] |= ((uint32_t)w & ((1u << bits) - 1))
+                                                   << (i * bits % 32);
+    }
+  // With high columns, every seventh channel has two digits.
+  std::vector<float> limit(in, 127.0f), scale(out), x((size_t)m * in), y((size_t)m * out);
+  std::vector<uint32_t> mask(in, 0x7fffffff);
+  std::vector<int32_t> wide, source(others, -1), piece(others, 0), origin(columns, -1);
+  for (int i = 0; i < in; i++) {
+    origin[high + i] = i;
+    if (high && i % 7 == 0 && wide.size() < kFlatColumns) {
+      const size_t at = wide.size();
+      origin[at] = source[at] = i, piece[at] = kFlatHigh;
+      limit[i] = 127 * 255 + 127, mask[i] = 0;
+      wide.push_back(i);
+    }
+  }
+  for (float& s : scale) s = uniform(0.001f, 0.01f);
+  const float step = 0.01f;
+  for (size_t i = 0; i < x.size(); i++) x[i] = uniform(-0.02f, 0.02f) * limit[i % in];
+
+  std::vector<uint8_t> data(((size_t)out + 15) / 16 * 16 * columns * bits / 8);
+  const FlatWeight w = {data.data(), scale.data(), out, bits, columns, high};
+  const FlatInput input = {in, columns, high, limit.data(), nullptr, &step, 127.0f, mask.data(),
+                           wide.data(), (int)wide.size(), wide.data(), (int)wide.size(),
+                           source.data(), piece.data(), columns - high - in};
+  flat_prepare(w, digits.data(), words, origin.data(), 2);
+  std::vector<uint32_t> back(digits.size());
+  flat_restore(w, back.data(), words, in, 2);
+  int failures = back != digits;
+  flat_linear(level, w, input, x.data(), F32, in, m, nullptr, y.data(), 8, 2);
+  for (int r = 0; r < m; r++)
+    for (int o = 0; o < out; o++) {
+      int64_t sum = 0;
+      for (int i = 0; i < in; i++) {
+        const float q = std::nearbyint(x[(size_t)r * in + i] / step);
+        sum += (int64_t)std::fmax(std::fmin(q, limit[i]), -limit[i]) * weight[(size_t)o * in + i];
+      }
+      const volatile float factor = step * scale[o];
+      failures += y[(size_t)r * out + o] != (float)sum * factor;
+    }
+  if (failures)
+    printf("flat %s: %dx%d, %d bits, %d rows: %d differ\n", level.name, out, in, bits, m, failures);
+  return failures != 0;
+}
+
 }  // namespace
 
 int main() {
@@ -139,6 +196,17 @@ int main() {
           checks++;
         }
     printf("%s checked\n", levels[l]->name);
+  }
+  FlatLevel flat[kFlatLevelCount];
+  const int flat_count = available_flat_levels(flat);
+  for (int l = 0; l < flat_count; l++) {
+    for (int bits : {4, 8})
+      for (int in : {1, 64, 70, 333})
+        for (int m : {1, 3, 7, 16, 37}) {
+          failures += check_flat(flat[l], in == 64 ? 16 : 37, in, bits, m);
+          checks++;
+        }
+    printf("flat %s checked\n", flat[l].name);
   }
   printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;

@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-common="portable pool engine memory"
+common="portable pool engine memory flat flat_portable:-ffp-contract=off"
 flags="-std=c++17 -O2 -fno-math-errno -w"
 
 build() { # compiler, output, units with their flags as unit:flags
@@ -27,8 +27,11 @@ build() { # compiler, output, units with their flags as unit:flags
 avx2="-mavx2 -mfma -mf16c"
 avx512="$avx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 if [ "$(uname -m)" = x86_64 ]; then
-  build g++ x86 "features:-DLUTRA_AMX=1" "avx2:$avx2" "avx512bw:$avx512" \
-    "avx512vnni:$avx512 -mavx512vbmi -mavx512vnni -mgfni" "amx:$avx512 -mamx-tile -mamx-bf16"
+  build g++ x86 "features:-DLUTRA_AMX=1 -DLUTRA_AVXVNNI=1" "avx2:$avx2" "avx512bw:$avx512" \
+    "avx512vnni:$avx512 -mavx512vbmi -mavx512vnni -mgfni" "amx:$avx512 -mamx-tile -mamx-bf16" \
+    "flat_avx2:$avx2 -ffp-contract=off" "flat_avxvnni:$avx2 -mavxvnni -ffp-contract=off" \
+    "flat_avx512vnni:$avx512 -mavx512vnni -ffp-contract=off" \
+    "flat_amx:$avx512 -mamx-tile -mamx-int8"
   echo "this processor:"
   "$work/x86"
   if command -v qemu-x86_64 >/dev/null; then

@@ -1,6 +1,8 @@
 // Which instruction sets this machine has, and this build.
 #include "features.h"
 
+#include "flat.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #define LUTRA_X86 1
@@ -17,9 +19,15 @@ namespace lutra {
 const Isa* const kAvx512Vnni = nullptr;
 const Isa* const kAvx512Bw = nullptr;
 const Isa* const kAvx2 = nullptr;
+const FlatIsa* const kFlatAvx512Vnni = nullptr;
+const FlatIsa* const kFlatAvx2 = nullptr;
+#endif
+#ifndef LUTRA_AVXVNNI
+const FlatIsa* const kFlatAvxVnni = nullptr;
 #endif
 #ifndef LUTRA_AMX
 const MatrixUnit* const kAmx = nullptr;
+const FlatMatrix* const kFlatAmx = nullptr;
 #endif
 #ifndef LUTRA_NEON
 const Isa* const kNeon = nullptr;
@@ -41,6 +49,7 @@ bool request_tiles() {
 
 struct Features {
   bool avx2 = false, avx512bw = false, avx512vnni = false, amx = false;
+  bool flat_avxvnni = false, flat_avx512vnni = false, flat_amx = false;
 };
 
 Features detect() {
@@ -59,8 +68,12 @@ Features detect() {
   f.avx512bw = zmm && f.avx2 && foundation && dq && bw && vl;
   const bool vbmi = c >> 1 & 1, gfni = c >> 8 & 1, vnni = c >> 11 & 1;
   f.avx512vnni = f.avx512bw && vbmi && gfni && vnni;
+  f.flat_avx512vnni = f.avx512bw && vnni;
   const bool tiles_saved = (low & 0x60000) == 0x60000;
-  f.amx = f.avx512vnni && tiles_saved && (d >> 22 & 1) && (d >> 24 & 1) && request_tiles();
+  const bool tiles = f.flat_avx512vnni && tiles_saved && (d >> 24 & 1) && request_tiles();
+  f.amx = f.avx512vnni && tiles && (d >> 22 & 1);
+  f.flat_amx = tiles && (d >> 25 & 1);
+  f.flat_avxvnni = f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 #endif
   return f;
 }
@@ -75,6 +88,19 @@ int available_levels(const Isa* levels[kIsaCount]) {
   if (f.avx2 && kAvx2) levels[n++] = kAvx2;
   if (kNeon) levels[n++] = kNeon;  // every AArch64 processor has it
   levels[n++] = kPortable;
+  return n;
+}
+
+int available_flat_levels(FlatLevel levels[kFlatLevelCount]) {
+  const Features f = detect();
+  int n = 0;
+  if (f.flat_avx512vnni && kFlatAvx512Vnni) {
+    if (f.flat_amx && kFlatAmx) levels[n++] = {"amx", kFlatAvx512Vnni, kFlatAmx};
+    levels[n++] = {kFlatAvx512Vnni->name, kFlatAvx512Vnni, nullptr};
+  }
+  if (f.flat_avxvnni && kFlatAvxVnni) levels[n++] = {kFlatAvxVnni->name, kFlatAvxVnni, nullptr};
+  if (f.avx2 && kFlatAvx2) levels[n++] = {kFlatAvx2->name, kFlatAvx2, nullptr};
+  levels[n++] = {kFlatPortable->name, kFlatPortable, nullptr};
   return n;
 }
 

@@ -40,6 +40,9 @@ LONGEST = 2**31 - 1  # the kernels index features and rows with 32 bits
 # cache when torch reads them.
 DECODED_BYTES = 4 << 20
 
+# Levels of the kernels for flattened layers that have none of that name here.
+NEAREST_LEVEL = {"amx": "avx512vnni", "avxvnni": "avx2"}
+
 
 @cache
 def native() -> Any:
@@ -56,7 +59,7 @@ def native() -> Any:
     wanted = os.environ.get("LUTRA_CPU_ISA")
     if wanted:
         try:
-            _native.set_level(wanted)
+            _native.set_level(NEAREST_LEVEL.get(wanted, wanted))
         except ValueError as error:
             raise KernelError(f"LUTRA_CPU_ISA={wanted}: {error}") from None
     return _native

@@ -13,6 +13,7 @@
 
 #include "engine.h"
 #include "features.h"
+#include "flat.h"
 #include "memory.h"
 
 namespace nb = nanobind;
@@ -69,6 +70,63 @@ struct Layer {
     w.offset_dtype = dtype_of(offset_dtype);
     w.out = out, w.in = in, w.bits = bits, w.uniform = uniform && bits > 1;
     complete(w, group_size, *current);
+  }
+};
+
+FlatLevel flat_levels[kFlatLevelCount];
+int flat_level_count = 0;
+const FlatLevel* flat_current = nullptr;
+
+// A flattened layer: addresses, sizes, and what its plan says. The plan is one tensor of 32-bit numbers:
+// a header, then the tables of FlatInput; kernels/cpu/flat.py writes it.
+struct FlatLayer {
+  enum Header : int { kIn, kColumns, kHigh, kWides, kLows, kUsual, kSmooth, kStatic, kSize };
+
+  FlatWeight w = {};
+  FlatInput input = {};
+
+  FlatLayer(size_t data, size_t bytes, size_t scale, size_t plan, size_t words, int out, int bits) {
+    const auto wrong = [](const char* what) {
+      throw std::invalid_argument(std::string("impossible flattened layer: ") + what);
+    };
+    const int32_t* at = pointer<const int32_t>(plan);
+    if (words < kSize) wrong("its plan is too short");
+    const int in = at[kIn], columns = at[kColumns], high = at[kHigh];
+    const int wides = at[kWides], lows = at[kLows];
+    if (out < 1 || (bits != 4 && bits != 8)) wrong("outputs or bits");
+    if (in < 1 || high < 0 || columns % kFlatColumns || high % kFlatColumns ||
+        (long long)high + in > columns || wides < 0 || lows < 0 || wides > in || lows > in)
+      wrong("columns");
+    const size_t depth = columns / kFlatColumns, tiles = ((size_t)out + 15) / 16;
+    if (bytes != depth * tiles * kFlatColumns * 16 * bits / 8) wrong("bytes of its weight");
+    const size_t others = (size_t)columns - in;  // high and extra columns
+    if (words != kSize + (size_t)in * (at[kSmooth] ? 3 : 2) + wides + lows + 2 * others +
+                     (at[kStatic] ? 1 : 0))
+      wrong("length of its plan");
+    w = {pointer<const uint8_t>(data), pointer<const float>(scale), out, bits, columns, high};
+    input.in = in, input.columns = columns, input.high = high;
+    input.wides = wides, input.lows = lows, input.extras = columns - high - in;
+    input.usual = ((const float*)at)[kUsual];
+    const int32_t* next = at + kSize;
+    const auto take = [&](size_t n) {
+      next += n;
+      return next - n;
+    };
+    input.limit = (const float*)take(in);
+    input.mask = (const uint32_t*)take(in);
+    input.wide = take(wides);
+    input.low = take(lows);
+    input.source = take(others);
+    input.piece = take(others);
+    if (at[kSmooth]) input.smooth = (const float*)take(in);
+    if (at[kStatic]) input.step = (const float*)take(1);
+    const auto check = [&](const int32_t* channels, size_t n, int from) {
+      for (size_t i = 0; i < n; i++)
+        if (channels[i] < from || channels[i] >= in) wrong("a channel of its plan");
+    };
+    check(input.wide, wides, 0);
+    check(input.low, lows, 0);
+    check(input.source, others, -1);
   }
 };
 
@@ -156,6 +214,72 @@ NB_MODULE(_native, m) {
           return nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>(block, {bytes}, owner);
         },
         "Memory for a prepared weight, a uint8 tensor; on huge pages where there are any.");
+
+  // Flattened layers: see FlatLayer.
+#define FLAT_ARGUMENTS \
+  size_t data, size_t bytes, size_t scale, size_t plan, size_t words, int out, int bits
+#define FLAT FlatLayer(data, bytes, scale, plan, words, out, bits)
+
+  flat_level_count = available_flat_levels(flat_levels);
+  flat_current = flat_levels;
+  m.def("flat_levels",
+        [] {
+          std::vector<std::string> names;
+          for (int i = 0; i < flat_level_count; i++) names.emplace_back(flat_levels[i].name);
+          return names;
+        },
+        "Instruction-set levels that flattened layers have here, best first.");
+  m.def("flat_level", [] { return std::string(flat_current->name); }, "The level in use.");
+  m.def("set_flat_level",
+        [](const std::string& name) {
+          for (int i = 0; i < flat_level_count; i++)
+            if (name == flat_levels[i].name) {
+              flat_current = &flat_levels[i];
+              return;
+            }
+          throw std::invalid_argument("no level '" + name + "' of flattened layers here");
+        },
+        nb::arg("name"), "Use a level; prepared weights serve all of them.");
+  m.def("flat_prepare", [](FLAT_ARGUMENTS, size_t digits, int row_words, size_t origin, int threads) {
+    check_rows(0, threads);
+    const FlatLayer layer = FLAT;
+    const int32_t* columns = pointer<const int32_t>(origin);
+    for (int c = 0; c < layer.w.columns; c++)
+      if (columns[c] < -1 || columns[c] >= (long long)row_words * 32 / bits)
+        throw std::invalid_argument("a lowered column has no stored one");
+    nb::gil_scoped_release release;
+    flat_prepare(layer.w, pointer<const uint32_t>(digits), row_words, columns, threads);
+  });
+  m.def("flat_restore", [](FLAT_ARGUMENTS, size_t digits, int row_words, int stored, int threads) {
+    check_rows(0, threads);
+    const FlatLayer layer = FLAT;
+    if (stored < 0 || stored > layer.w.columns - layer.w.high ||
+        stored > (long long)row_words * 32 / bits)
+      throw std::invalid_argument("more stored columns than there are");
+    nb::gil_scoped_release release;
+    flat_restore(layer.w, pointer<uint32_t>(digits), row_words, stored, threads);
+  });
+  m.def("flat_linear",
+        [](FLAT_ARGUMENTS, size_t x, int x_dtype, size_t x_stride, int rows, size_t bias, size_t y,
+           int tiles_from, int threads) {
+          check_rows(rows, threads);
+          const FlatLayer layer = FLAT;
+          const Dtype dtype = dtype_of(x_dtype);
+          nb::gil_scoped_release release;
+          flat_linear(*flat_current, layer.w, layer.input, pointer<const void>(x), dtype, x_stride,
+                      rows, pointer<const float>(bias), pointer<void>(y), tiles_from, threads);
+        });
+  m.def("flat_quantize",
+        [](FLAT_ARGUMENTS, size_t x, int x_dtype, size_t x_stride, int rows, size_t columns,
+           size_t sums, size_t steps, int threads) {
+          check_rows(rows, threads);
+          const FlatLayer layer = FLAT;
+          const Dtype dtype = dtype_of(x_dtype);
+          nb::gil_scoped_release release;
+          flat_quantize(*flat_current, layer.input, pointer<const void>(x), dtype, x_stride, rows,
+                        pointer<int8_t>(columns), pointer<int32_t>(sums), pointer<float>(steps),
+                        threads);
+        });
   m.def("read_stream",
         [](size_t data, size_t bytes, int threads) {
           check_rows(0, threads);
