@@ -163,6 +163,13 @@ class QuantizedLinear(nn.Module):
         assert self._choice is not None and self._spec is not None
         return self._choice.kernel.restore(self._prepared, self._spec).tensors()
 
+    def prepared_tensors(self) -> list[Tensor]:
+        """What the kernel reads: the layer's own tensors, or those of its group."""
+        if self._is_joined:
+            assert self.siblings is not None
+            return self.siblings.prepared
+        return self._prepared
+
     def release(self) -> None:
         """Back to stored parameters, before the device, dtype or served bits change."""
         if self._is_joined:
@@ -206,7 +213,8 @@ class QuantizedLinear(nn.Module):
             self.siblings.enter(self, self._place)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        self.release()
+        if not self._is_kept_by(fn):
+            self.release()
         # The tensors, not the parameters: those get their new values in place.
         parameters = {n: self._parameters[n] for n in self._stored_names if n != "weight"}
         scales = {n: None if p is None else p.data for n, p in parameters.items()}
@@ -217,6 +225,15 @@ class QuantizedLinear(nn.Module):
                 kept = before.to(after.device)
                 self._parameters[name] = nn.Parameter(kept, requires_grad=False)
         return self
+
+    def _is_kept_by(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether ``fn`` leaves the weight and the bias as they are, as ``.to("cpu")`` mostly does.
+
+        Preparing a weight takes as long as reading it, so it is not done again without need.
+        """
+        dtypes = [torch.int32] if self.bias is None else [torch.int32, self.bias.dtype]
+        probes = [torch.empty(0, dtype=dtype, device=self.weight_device) for dtype in dtypes]
+        return all(fn(probe) is probe for probe in probes)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -156,6 +156,18 @@ class Siblings:
         y = self._traced_product(x, place) if _is_traced() else self._product(x, place)
         return self._rows(y, place, -1)
 
+    def whole(self, x: Tensor, layers: Sequence[nn.Module]) -> Tensor | None:
+        """The results of all members side by side; None if ``layers`` are not they, in order."""
+        members = self.members()
+        same = len(members) == len(layers) and all(
+            a is b for a, b in zip(members, layers, strict=True)
+        )
+        if not same or not self.usable():
+            return None
+        if (self.spec is None or self.spec.dtype != x.dtype) and not self.prepare(x.dtype):
+            return None
+        return self._compute(x)
+
     def _product(self, x: Tensor, place: int) -> Tensor:
         held = self._held  # read once: another thread may replace it
         if held is None or not held.serves(x, place):

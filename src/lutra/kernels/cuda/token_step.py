@@ -1,0 +1,275 @@
+"""What lies between the linear layers of a block when one token per sequence is decoded.
+
+Three operations, each one launch on a GPU (``token_step.cu``) and plain torch elsewhere: the norm
+with the residual sum before it, the activation of the MLP, and attention with rotary embedding and
+the write to the key-value cache. Measured on an H200, torch takes about thirty launches for them,
+which cost more than the linear layers of a block of 4096 features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lutra.kernels.cuda.launch import Function
+
+HEAD_DIMS = (64, 128, 256)
+MOST_QUERIES = 8  # heads that share a key head
+_NORM_THREADS = 512
+
+
+class _NormArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("delta", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("features", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _ActivationArguments(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("features", ctypes.c_int)]
+
+
+class _AttentionArguments(ctypes.Structure):
+    _fields_ = [
+        ("qkv", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("position", ctypes.c_void_p),
+        ("start", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rotary_stride", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+        ("scale", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Shape of the attention of one layer.
+
+    Attributes:
+        heads, kv_heads, head_dim: query heads, key heads, channels of a head.
+        scale: of the products of queries and keys.
+        epsilon: of the norms of heads, where there are any.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    epsilon: float = 0.0
+
+    @property
+    def queries(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+
+def unsupported(
+    shape: AttentionShape, hidden: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a model of this shape can not run here, in words, or None. Torch runs every shape."""
+    if device.type != "cuda":
+        return None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"activations are {dtype}, not float16 or bfloat16"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"heads have {shape.head_dim} channels, not 64, 128 or 256"
+    if shape.queries > MOST_QUERIES:
+        return f"{shape.queries} heads share a key head; {MOST_QUERIES} can"
+    if hidden % 8:
+        return f"{hidden} features are not a multiple of 8"
+    return None
+
+
+class Workspace:
+    """Scratch memory of attention, used by one layer after another.
+
+    Args:
+        splits: most parts into which the positions of a sequence are cut.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, batch: int, capacity: int, device: torch.device
+    ) -> None:
+        pairs = batch * shape.kv_heads
+        processors = 132
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.splits = max(1, min(-(-4 * processors // pairs), -(-capacity // 32), 64))
+        size = batch * shape.heads * self.splits * (shape.head_dim + 2) if self.splits > 1 else 1
+        self.partial = torch.empty(size, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(pairs, dtype=torch.int32, device=device)
+
+
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    epsilon: float,
+    layer_norm: bool,
+) -> tuple[Tensor, Tensor]:
+    """``h = x + delta`` and the norm of h, for rows ``[batch, features]``; returns ``(h, y)``."""
+    if x.device.type != "cuda":
+        h = x if delta is None else x + delta
+        if layer_norm:
+            return h, torch.nn.functional.layer_norm(h, h.shape[-1:], weight, bias, epsilon)
+        wide = h.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        return h, weight * wide.to(h.dtype)
+    x = x.contiguous()
+    rows, features = x.shape
+    y = torch.empty_like(x)
+    h = x if delta is None else torch.empty_like(x)
+    vectors = -(-features // (8 * _NORM_THREADS))
+    kernel = _function(x, VECTORS=vectors, LAYER_NORM=int(layer_norm))
+    arguments = _NormArguments(
+        x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias), h.data_ptr(),
+        y.data_ptr(), features, epsilon,
+    )  # fmt: skip
+    kernel(arguments, (rows, 1, 1), _NORM_THREADS)
+    return h, y
+
+
+def activation(x: Tensor, gated: bool) -> Tensor:
+    """``silu(gate) * up`` of rows ``[gate, up]`` if ``gated``, else ``max(x, 0)``."""
+    if x.device.type != "cuda":
+        if not gated:
+            return torch.relu(x)
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+    x = x.contiguous()
+    rows, features = x.shape[0], x.shape[1] // (2 if gated else 1)
+    y = x.new_empty(rows, features)
+    kernel = _function(x, SILU=int(gated))
+    arguments = _ActivationArguments(x.data_ptr(), y.data_ptr(), features)
+    kernel(arguments, (-(-features // 512), rows, 1), 64)
+    return y
+
+
+def attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    start: Tensor,
+    shape: AttentionShape,
+    workspace: Workspace,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence, whose key and value enter the cache.
+
+    Args:
+        qkv: ``[batch, (heads + 2 kv_heads) head_dim]``, queries, keys and values side by side.
+        keys, values: the cache, ``[batch, kv_heads, capacity, head_dim]``; row ``position`` is
+            written.
+        position: int64 ``[1]``, where the new token stands.
+        start: int32 ``[batch]``, where each sequence begins; what lies before is padding.
+        workspace: scratch memory for this shape.
+        rotary: cosines and sines ``[batch or 1, head_dim]`` of the new token.
+        norms: weights ``[head_dim]`` of the RMS norms of queries and of keys.
+
+    Returns:
+        ``[batch, heads head_dim]``.
+    """
+    if qkv.device.type != "cuda":
+        return _attention_by_torch(qkv, keys, values, position, start, shape, rotary, norms)
+    qkv = qkv.contiguous()
+    batch = qkv.shape[0]
+    y = qkv.new_empty(batch, shape.heads * shape.head_dim)
+    kernel = _function(
+        qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries,
+        ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
+    )  # fmt: skip
+    cosine, sine = (t.contiguous() for t in rotary) if rotary is not None else (None, None)
+    stride = 0 if cosine is None or cosine.shape[0] == 1 else shape.head_dim
+    query_norm, key_norm = norms if norms is not None else (None, None)
+    arguments = _AttentionArguments(
+        qkv.data_ptr(), _pointer(cosine), _pointer(sine), _pointer(query_norm), _pointer(key_norm),
+        keys.data_ptr(), values.data_ptr(), position.data_ptr(), start.data_ptr(),
+        workspace.partial.data_ptr(), workspace.counters.data_ptr(), y.data_ptr(), stride,
+        shape.kv_heads, keys.shape[2], shape.scale, shape.epsilon,
+    )  # fmt: skip
+    kernel(arguments, (workspace.splits, shape.kv_heads, batch), 128)
+    return y
+
+
+def _attention_by_torch(
+    qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, start: Tensor,
+    shape: AttentionShape, rotary: tuple[Tensor, Tensor] | None,
+    norms: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    batch, d = qkv.shape[0], shape.head_dim
+    parts = (shape.heads * d, shape.kv_heads * d, shape.kv_heads * d)
+    q, k, v = (t.view(batch, -1, d) for t in qkv.split(parts, dim=-1))
+    if norms is not None:
+        q, k = (_head_norm(t, w, shape.epsilon) for t, w in zip((q, k), norms, strict=True))
+    if rotary is not None:
+        cosine, sine = (t.view(-1, 1, d) for t in rotary)
+        q, k = (t * cosine + _turned(t) * sine for t in (q, k))
+    keys.index_copy_(2, position, k[:, :, None])
+    values.index_copy_(2, position, v[:, :, None])
+    inside = torch.arange(keys.shape[2], device=qkv.device)
+    mask = (inside <= position) & (inside >= start[:, None])
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, None],
+        keys.repeat_interleave(shape.queries, dim=1),
+        values.repeat_interleave(shape.queries, dim=1),
+        attn_mask=mask[:, None, None],
+        scale=shape.scale,
+    )
+    return y.reshape(batch, -1)
+
+
+def _head_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def _turned(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def defines(x_dtype: torch.dtype, **own: int) -> dict[str, int]:
+    """Compile-time parameters; those of bit planes are of no meaning here."""
+    of_planes = {"BITS": 1, "GROUP": 128, "UNIFORM": 1, "SCALE_FLOAT": 0}
+    return of_planes | {"X_BF16": int(x_dtype == torch.bfloat16)} | own
+
+
+@cache
+def _loaded(dtype: torch.dtype, index: int, own: tuple[tuple[str, int], ...]) -> Function:
+    from lutra.kernels.cuda.launch import card, function
+
+    return function("token_step", defines(dtype, **dict(own)), card(index))
+
+
+def _function(x: Tensor, **own: int) -> Function:
+    return _loaded(x.dtype, x.device.index, tuple(sorted(own.items())))

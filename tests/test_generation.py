@@ -1,0 +1,198 @@
+"""Decoding by steps gives the tokens of transformers' own loop, and refuses what can not work.
+
+On a CPU the steps are not recorded, and what a GPU fuses is computed by torch; everything around it
+is the same. Tests marked gpu record them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_FAMILIES
+from quantized import make_source, quantize_tiny
+
+import lutra
+from lutra.errors import LutraError
+from lutra.runtime import generation
+from lutra.runtime.step import DecodeStep, capacity_for
+
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "opt"}
+BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def _models(folder: Any, family: str, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
+    """A quantized model twice: as transformers runs it, and decoding by steps."""
+    if not (folder / "out").exists():
+        if device == "cuda":  # heads of a size that the kernels know
+            options = {"hidden_size": 256, "intermediate_size": 384} | options
+            if family == "opt":
+                options = {"hidden_size": 256, "ffn_dim": 384, "word_embed_proj_dim": 256}
+            if family == "gpt2":
+                options = {"n_embd": 256}
+        src = make_source(folder / "src", family, **options)
+        quantize_tiny(src, folder / "out", "rtn", 4)
+    dtype = "float32" if device == "cpu" else "float16"
+    model, _ = lutra.load(folder / "out", device=device, dtype=dtype)
+    plain = copy.deepcopy(model)
+    plain.__dict__.pop("generate", None)
+    return plain, generation.enable(model, devices=("cpu", "cuda"))
+
+
+def _steps(model: Any) -> list[DecodeStep]:
+    return list(model.lutra_decoding.steps.values())
+
+
+def _prompt(batch: int, length: int, device: str = "cpu", seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 257, (batch, length), generator=generator).to(device)
+
+
+@BOTH
+@pytest.mark.parametrize("family", sorted(TINY_FAMILIES))
+def test_tokens_are_those_of_transformers(family, device, tmp_path):
+    plain, model = _models(tmp_path, family, device)
+    for batch, length in ((1, 5), (3, 9)):
+        ids = _prompt(batch, length, device)
+        wanted = plain.generate(ids, max_new_tokens=12, do_sample=False)
+        found = model.generate(ids, max_new_tokens=12, do_sample=False)
+        assert torch.equal(found, wanted), (batch, length)
+    (first, second) = _steps(model)
+    assert first.batch == 1 and second.batch == 3
+    assert (first.fallback is None) == (family in FUSED)
+    assert first.is_recorded == (device == "cuda")
+    again = model.generate(_prompt(1, 5, device), max_new_tokens=12, do_sample=False)
+    assert torch.equal(again, plain.generate(_prompt(1, 5, device), max_new_tokens=12))
+    assert len(_steps(model)) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_prompts_of_unequal_length(family, device, tmp_path):
+    plain, model = _models(tmp_path, family, device)
+    ids = _prompt(3, 10, device)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = mask[2, :1] = 0
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    for row, padding in enumerate((6, 0, 1)):
+        alone = plain.generate(ids[row : row + 1, padding:], max_new_tokens=8, do_sample=False)
+        found = together[row, 10:]
+        expected = alone[0, 10 - padding :]
+        assert torch.equal(found[: len(expected)], expected), row
+
+
+@BOTH
+def test_drawn_tokens_and_processors(device, tmp_path):
+    plain, model = _models(tmp_path, "llama", device)
+    ids = _prompt(2, 7, device)
+    for options in (
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": False, "repetition_penalty": 1.3, "min_new_tokens": 4},
+        {"do_sample": True, "num_return_sequences": 2},
+    ):
+        found = []
+        for m in (plain, model):
+            torch.manual_seed(3)
+            found.append(m.generate(ids, max_new_tokens=10, **options))
+        assert torch.equal(*found), options
+
+
+@BOTH
+def test_ends_of_texts(device, tmp_path):
+    plain, model = _models(tmp_path, "llama", device)
+    ids = _prompt(3, 6, device)
+    free = plain.generate(ids, max_new_tokens=12, do_sample=False)
+    ends = [int(free[0, 8]), int(free[1, 10])]  # so that sequences end at different steps
+    for end in (ends[0], ends):
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": end, "pad_token_id": 5}
+        wanted = plain.generate(ids, max_new_tokens=12, **options)
+        assert torch.equal(model.generate(ids, max_new_tokens=12, **options), wanted)
+    one = plain.generate(ids[:1], max_new_tokens=12, do_sample=False, eos_token_id=ends[0])
+    found = model.generate(ids[:1], max_new_tokens=12, do_sample=False, eos_token_id=ends[0])
+    assert torch.equal(found, one)
+
+
+class _Streamer:
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.pieces: list[list[int]] = []
+        self.stop_after, self.ended = stop_after, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.stop_after is not None and len(self.pieces) > self.stop_after:
+            raise KeyboardInterrupt
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@BOTH
+def test_streaming_and_interrupts(device, tmp_path):
+    plain, model = _models(tmp_path, "llama", device)
+    ids = _prompt(1, 6, device)
+    streamer = _Streamer()
+    whole = model.generate(ids, max_new_tokens=9, do_sample=False, streamer=streamer)
+    assert streamer.ended and sum(streamer.pieces, []) == whole[0].tolist()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=9, do_sample=False, streamer=_Streamer(4))
+    assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False), whole)
+
+
+def test_what_can_not_work_is_refused(tmp_path):
+    _, model = _models(tmp_path, "opt")
+    with pytest.raises(LutraError, match="128 positions.*at most 8 new"):
+        model.generate(_prompt(1, 120), max_new_tokens=20, do_sample=False)
+    with pytest.raises(LutraError, match="128 positions.*Shorten"):
+        model.generate(_prompt(1, 130), max_new_tokens=20, do_sample=False)
+    with pytest.raises(LutraError, match="no tokens"):
+        model.generate(torch.zeros((1, 0), dtype=torch.long), max_new_tokens=4, do_sample=False)
+
+
+def test_other_ways_of_decoding_are_left_to_transformers(tmp_path):
+    plain, model = _models(tmp_path, "llama")
+    ids = _prompt(1, 6)
+    for options in (
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"prompt_lookup_num_tokens": 2},
+    ):
+        options = {"max_new_tokens": 6, "do_sample": False} | options
+        a, b = (m.generate(ids, **options) for m in (plain, model))
+        assert torch.equal(getattr(a, "sequences", a), getattr(b, "sequences", b)), options
+    assert _steps(model) == []
+    window_plain, window = _models(tmp_path / "w", "mistral")  # window of 32 tokens
+    a, b = (m.generate(_prompt(1, 30), max_new_tokens=9) for m in (window_plain, window))
+    assert torch.equal(a, b) and _steps(window) == []
+
+
+def test_recordings_follow_the_weights(tmp_path):
+    plain, model = _models(tmp_path, "llama")
+    ids = _prompt(1, 6)
+    model.generate(ids, max_new_tokens=4, do_sample=False)
+    (before,) = _steps(model)
+    assert before.is_current()
+    model.to(torch.float64)
+    assert not before.is_current()
+    model.to(torch.float32)
+    found = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, plain.generate(ids, max_new_tokens=4, do_sample=False))
+    assert before not in _steps(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(ids, max_new_tokens=4, do_sample=False), found)
+    assert _steps(twin)[0].model is twin
+
+
+def test_blocks_are_their_own_again(tmp_path):
+    _, model = _models(tmp_path, "llama")
+    model.generate(_prompt(1, 6), max_new_tokens=4, do_sample=False)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capacity"), [(1, 256), (256, 256), (257, 512), (4096, 4096), (4097, 6144)]
+)
+def test_capacities(tokens, capacity):
+    assert capacity_for(tokens) == capacity
