@@ -32,14 +32,18 @@ COMMON_OPTIONS = ("-default-device", "--std=c++17")
 
 @cache
 def source(name: str) -> str:
-    """Text of a kernel of this folder with all that it includes, after what all of them share."""
+    """Text of a kernel of this folder with all that it includes.
+
+    Kernels of bit planes follow ``common.cuh``; the flat ones (``flat_*``) include what they need.
+    """
     folder = Path(__file__).parent
 
     def read(file: str) -> str:
         text = (folder / file).read_text(encoding="utf-8")
         return _INCLUDE.sub(lambda match: read(match[1]), text)
 
-    return read("common.cuh") + read(f"{name}.cu")
+    text = read(f"{name}.cu")
+    return text if name.startswith("flat_") else read("common.cuh") + text
 
 
 @cache
@@ -75,18 +79,52 @@ def supported_archs() -> frozenset[int]:
     return frozenset(archs[:count])
 
 
+def version_text() -> str:
+    return ".".join(map(str, version()))
+
+
+def _options(defines: Mapping[str, int], arch: str) -> list[str]:
+    parameters = [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    return [f"--gpu-architecture={arch}", *COMMON_OPTIONS, *parameters]
+
+
+def _entry(name: str, text: str, options: list[str], arch: str) -> Path:
+    """File of the cache for a source text and its options."""
+    key = hashlib.sha256("\0".join([text, *options, repr(version())]).encode()).hexdigest()
+    return cache_folder() / f"{name}-{arch}-{key[:32]}.cubin"
+
+
+def is_cached(name: str, defines: Mapping[str, int], arch: str) -> bool:
+    """Whether :func:`compile_cubin` would find the kernel on disk."""
+    return _read(_entry(name, source(name), _options(defines, arch), arch)) is not None
+
+
+def check_cache() -> None:
+    """Refuse a cache folder that cannot be written, for those who compile for later.
+
+    Raises:
+        KernelError: it cannot; the message names it and says how to choose another.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise KernelError(
+            f"the kernel cache {folder} cannot be written ({error}); "
+            "choose another folder with the environment variable LUTRA_CACHE"
+        ) from error
+
+
 def compile_cubin(name: str, defines: Mapping[str, int], arch: str) -> bytes:
     """Machine code of kernel file ``name`` for ``arch`` (``sm_90a``), from the cache or compiled.
 
     Raises:
         KernelError: NVRTC is missing or refuses the source; its log is in the message.
     """
-    options = [f"--gpu-architecture={arch}", *COMMON_OPTIONS]
-    options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    text = source(name)
-    identity = "\0".join([text, *options, repr(version())])
-    key = hashlib.sha256(identity.encode()).hexdigest()
-    path = cache_folder() / f"{name}-{arch}-{key[:32]}.cubin"
+    text, options = source(name), _options(defines, arch)
+    path = _entry(name, text, options, arch)
     found = _read(path)
     if found is not None:
         return found

@@ -1,0 +1,188 @@
+// y = x W^T in integers for few tokens (1 to 128), on Hopper: what counts is to read the weights once, fast.
+//
+// The same sums, layouts of weights and epilogue as flat_linear.cu. A block takes WARPGROUPS x 64 features
+// and TOKENS tokens; the blocks of a cluster split the inputs between them and add their 32-bit sums through
+// distributed shared memory. Integers: the order of additions does not matter, no workspace is needed, two
+// runs give the same bits. The last warp fetches, the others multiply.
+//
+// -D: TOKENS 8|16|32|64|128, WARPGROUPS 1|2, STAGES, BLOCKS (of a processor), WEIGHT_BITS 4|8, HORNER 0|1,
+// Y_BF16 0|1. Grid: (cluster size, feature tiles, token tiles).
+
+#include "flat.cuh"
+#include "flat_wgmma.cuh"
+
+struct Arguments {
+  TensorMap w;          // int8 [features][inputs], boxes [WARPGROUPS * 64][128]; unused with 4 bits
+  TensorMap x;          // int8 [tokens][inputs], boxes [TOKENS][128]
+  u16* y;               // 16 bit [tokens][features], rows y_stride elements apart
+  const char* packed;   // 4-bit weights
+  const float* step;    // [tokens]
+  const float* scale;   // [features]
+  const void* bias;     // [features] or null
+  long long y_stride;
+  int features, tokens;
+  int k_tiles, high_tiles, base;
+  int bias_kind;        // see flat.cuh
+};
+
+constexpr int FEATURES = WARPGROUPS * 64;
+constexpr int K_TILE = 128;
+constexpr int X_BYTES = TOKENS * K_TILE;
+constexpr int W_GROUP_BYTES = 64 * K_TILE * WEIGHT_BITS / 8;
+constexpr int W_BYTES = WARPGROUPS * W_GROUP_BYTES;
+constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
+constexpr int THREADS = WARPGROUPS * 128 + 32;
+constexpr int PITCH = FEATURES + 4;   // of the block's sums in shared memory, which take the ring's place
+
+DEVICE u32 cluster_size() { u32 r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
+DEVICE int4 load_cluster(u32 shared, u32 rank) {
+  u32 address;
+  int4 v;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int add, int thread) {
+#if WEIGHT_BITS == 8
+  const u64 a = descriptor(w);
+  products_begin();
+#pragma unroll
+  for (int j = 0; j < 4; j++) product(sum, a + 2 * j, x + 2 * j, j ? 1 : add);
+#else
+  u32 a[4][4];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const uint4 v = load_shared(w + half * 2048 + thread * 16);
+    const u32 word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      a[2 * half + i / 2][2 * (i % 2)] = word[i] << 4 & 0xF0F0F0F0;
+      a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
+    }
+  }
+  products_begin();
+#pragma unroll
+  for (int j = 0; j < 4; j++) product(sum, a[j], x + 2 * j, j ? 1 : add);
+#endif
+  products_commit();
+  products_wait<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+flat_few(const __grid_constant__ Arguments p) {
+  extern __shared__ char dynamic[];
+  __shared__ __align__(8) u64 barriers[2 * STAGES];
+  const u32 base = shared_address(dynamic), stages = (base + 1023) & ~1023u;
+  int* sums = (int*)(dynamic + (stages - base));
+  const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+  const u32 parts = cluster_size(), part = cluster_rank();
+  const int begin = (int)((long long)p.k_tiles * part / parts);
+  const int end = (int)((long long)p.k_tiles * (part + 1) / parts);
+  const int feature = blockIdx.y * FEATURES, token = blockIdx.z * TOKENS;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, WARPGROUPS * 4);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  if (warp == WARPGROUPS * 4) {
+    if (lane == 0) {
+      const auto load_weights = [&](int k) {
+        const u32 stage = stages + (k - begin) % STAGES * STAGE_BYTES, barrier = full + 8 * ((k - begin) % STAGES);
+        barrier_expect(barrier, STAGE_BYTES);
+#if WEIGHT_BITS == 8
+        load_box(stage + X_BYTES, &p.w, k * K_TILE, feature, barrier);
+#else
+        for (int g = 0; g < WARPGROUPS; g++)
+          load_bytes(stage + X_BYTES + g * W_GROUP_BYTES,
+                     p.packed + ((long long)(feature / 64 + g) * p.k_tiles + k) * W_GROUP_BYTES, W_GROUP_BYTES,
+                     barrier);
+#endif
+      };
+      const auto load_x = [&](int k) {
+        const int s = (k - begin) % STAGES;
+        load_box(stages + s * STAGE_BYTES, &p.x, k * K_TILE, token, full + 8 * s);
+      };
+      const int ahead = min(end, begin + STAGES);   // weights do not wait for the kernel before this one
+      for (int k = begin; k < ahead; k++) load_weights(k);
+      wait_for_previous_kernel();
+      for (int k = begin; k < ahead; k++) load_x(k);
+      for (int k = ahead; k < end; k++) {
+        const int i = k - begin;
+        barrier_wait(empty + 8 * (i % STAGES), (i / STAGES + 1) & 1);
+        load_weights(k);
+        load_x(k);
+      }
+    }
+    __syncwarp();
+  } else {
+    const int group = warp >> 2;
+    int sum[SUMS];
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sum[i] = 0;
+    const int high_end = HORNER ? max(begin, min(end, p.high_tiles)) : begin;
+    int i = 0;
+    const auto run = [&](int until) {
+      for (; begin + i < until; i++) {
+        const int s = i % STAGES;
+        barrier_wait(full + 8 * s, i / STAGES & 1);
+        const u32 stage = stages + s * STAGE_BYTES;
+        multiply_tile(sum, stage + X_BYTES + group * W_GROUP_BYTES, descriptor(stage), 1, threadIdx.x & 127);
+        if (lane == 0) barrier_arrive(empty + 8 * s);
+      }
+    };
+    if (HORNER) {
+      run(high_end);
+#pragma unroll
+      for (int j = 0; j < SUMS; j++) sum[j] *= p.base;
+    }
+    run(end);
+    group_barrier(1, WARPGROUPS * 128);   // all tiles are used up: the sums may take their place
+    const int at = group * 64 + (warp & 3) * 16 + (lane >> 2);
+#pragma unroll
+    for (int j = 0; j < SUMS; j += 4) {
+      int* column = sums + (2 * j + 2 * (lane & 3)) * PITCH + at;
+      column[0] = sum[j];
+      column[PITCH] = sum[j + 1];
+      column[8] = sum[j + 2];
+      column[PITCH + 8] = sum[j + 3];
+    }
+  }
+  wait_for_previous_kernel();   // it may have written the steps and may still read y
+  let_next_kernel_start();
+  cluster_sync();
+  const int count = TOKENS * FEATURES / 4;
+  for (int i = part * THREADS + threadIdx.x; i < count; i += parts * THREADS) {
+    const int m = i / (FEATURES / 4), n = i % (FEATURES / 4) * 4;
+    if (token + m >= p.tokens || feature + n >= p.features) continue;
+    const u32 address = shared_address(sums + m * PITCH + n);
+    int total[4] = {0, 0, 0, 0};
+    for (u32 r = 0; r < parts; r++) {
+      const int4 v = load_cluster(address, r);
+      total[0] += v.x; total[1] += v.y; total[2] += v.z; total[3] += v.w;
+    }
+    const float step = p.step[token + m];
+    u16* y = p.y + (token + m) * p.y_stride + feature + n;
+    u16 out[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (feature + n + j >= p.features) { out[j] = 0; continue; }
+      const int sum = WEIGHT_BITS == 4 ? total[j] >> 4 : total[j];
+      const float factor = __fmul_rn(step, p.scale[feature + n + j]);
+      const float value = __fadd_rn(__fmul_rn((float)sum, factor), bias_of(p.bias, p.bias_kind, feature + n + j));
+      out[j] = Y_BF16 ? float_to_bf16(value) : float_to_half(value);
+    }
+    if (feature + n + 4 <= p.features && ((u64)y & 7) == 0) {
+      *(uint2*)y = make_uint2((u32)out[0] | (u32)out[1] << 16, (u32)out[2] | (u32)out[3] << 16);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++) if (feature + n + j < p.features) y[j] = out[j];
+    }
+  }
+  cluster_sync();   // no block leaves while another reads its sums
+}

@@ -1,0 +1,93 @@
+"""The `torch.library` ops of the flat CUDA kernels, with their fake implementations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lutra.kernels.ops import library
+
+_PREPARED = (
+    "Tensor weight, Tensor scale, Tensor entries, Tensor special, Tensor step, Tensor smooth, "
+    "Tensor form"
+)
+library.define(
+    f"cuda_flat_linear(Tensor x, {_PREPARED}, Tensor? bias, int out_features, int in_features) "
+    "-> Tensor"
+)
+library.define(f"cuda_flat_quantize(Tensor x, {_PREPARED}, int in_features) -> (Tensor, Tensor)")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, inputs: int) -> None:
+    from lutra.kernels.cuda.flat_products import BIAS_DTYPES
+
+    torch._check(
+        x.dtype in (torch.float16, torch.bfloat16),
+        lambda: f"the flat CUDA kernels take float16 and bfloat16 activations, not {x.dtype}",
+    )
+    torch._check(
+        x.shape[-1] == inputs,
+        lambda: f"activations have {x.shape[-1]} features, the weight takes {inputs}",
+    )
+    torch._check(
+        x.device == weight.device,
+        lambda: f"activations are on {x.device}, the weight on {weight.device}",
+    )
+    if bias is not None:
+        torch._check(
+            bias.shape == (rows,) and bias.dtype in BIAS_DTYPES and bias.device == x.device,
+            lambda: f"the bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}; it must be "
+            f"({rows},) in float16, bfloat16 or float32 on {x.device}",
+        )
+
+
+@torch.library.register_fake("lutra::cuda_flat_linear", lib=library)
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
+    smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    _check(x, weight, bias, out_features, in_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _linear(
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
+    smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    from lutra.kernels.cuda import flat_products
+    from lutra.kernels.cuda.flat_layout import Prepared
+
+    _check(x, weight, bias, out_features, in_features)
+    prepared = Prepared(weight, scale, entries, special, step, smooth, form)
+    y = flat_products.linear(x.reshape(-1, in_features), prepared, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("lutra::cuda_flat_quantize", lib=library)
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
+    smooth: Tensor, form: Tensor, in_features: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from lutra.kernels.cuda.flat_layout import Prepared
+    from lutra.kernels.cuda.flat_products import STEP_PADDING
+
+    prepared = Prepared(weight, scale, entries, special, step, smooth, form)
+    tokens = x.numel() // in_features
+    q = x.new_empty((tokens, prepared.columns * prepared.digit_bits // 8), dtype=torch.int8)
+    steps = (tokens + STEP_PADDING - 1) // STEP_PADDING * STEP_PADDING
+    return q, x.new_empty(steps, dtype=torch.float32)
+
+
+def _quantize(
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
+    smooth: Tensor, form: Tensor, in_features: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from lutra.kernels.cuda import flat_products
+    from lutra.kernels.cuda.flat_layout import Prepared
+
+    prepared = Prepared(weight, scale, entries, special, step, smooth, form)
+    return flat_products.quantize(x.reshape(-1, in_features), prepared)
+
+
+library.impl("cuda_flat_linear", _linear, "CUDA")
+library.impl("cuda_flat_quantize", _quantize, "CUDA")

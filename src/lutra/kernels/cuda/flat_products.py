@@ -1,0 +1,438 @@
+"""Plans and launches of the flat kernels: quantize the activations, then multiply integers.
+
+`flat_quantize.cu` turns activations into columns of integers, one block a token. Then
+
+- `flat_few.cu`, few tokens, Hopper: a cluster of blocks splits the inputs of some rows;
+- `flat_linear.cu`, many tokens, Hopper: blocks go from tile to tile until all is done;
+- `flat_mma.cu`, any number of tokens, other cards from compute capability 8.0.
+
+All give the same integers, so the choice is of speed alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from lutra.errors import KernelError
+from lutra.kernels.cuda.flat_layout import COLUMN_TILE, Prepared
+from lutra.kernels.cuda.launch import Card, Function, card, function
+
+BLOCK_RESERVE = 1024 + 512  # alignment of the tiles, and barriers
+PROCESSOR_RESERVE = 1024  # of shared memory, for each block of a processor
+STEP_PADDING = 256  # tokens; kernels read steps of whole tiles
+MAX_FEW_TOKENS = 64
+MAX_INPUTS = 1024 * 16 * 8
+_X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_BIAS_KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
+BIAS_DTYPES = tuple(_BIAS_KINDS)
+
+
+# ---- quantizing activations
+
+
+class _QuantizeArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p), ("q", ctypes.c_void_p), ("step", ctypes.c_void_p),
+        ("static_step", ctypes.c_void_p), ("smooth", ctypes.c_void_p),
+        ("special", ctypes.c_void_p), ("entries", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong), ("q_stride", ctypes.c_longlong),
+        ("inputs", ctypes.c_int), ("first", ctypes.c_int),
+        ("entry_count", ctypes.c_int), ("limit", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """Threads of a block, and the vectors of 8 channels that each of them keeps."""
+
+    threads: int
+    vectors: int
+
+
+@cache
+def quantize_plan(inputs: int, tokens: int) -> QuantizePlan:
+    """Many tokens: blocks so small that several share a processor. Few: short ways in each."""
+    vectors = -(-inputs // 8)
+    if tokens <= 64:
+        threads = min(1024, max(64, 1 << (vectors - 1).bit_length() if vectors > 1 else 64))
+    else:
+        threads = 128 if vectors <= 512 else 256 if vectors <= 2048 else 512
+        threads = 1024 if vectors > 4096 else threads
+    return QuantizePlan(threads, max(1, -(-vectors // threads)))
+
+
+def quantize_instance(
+    plan: QuantizePlan, dtype: torch.dtype, digit_bits: int, smooth: bool, aligned: bool
+) -> tuple[str, dict[str, int]]:
+    """Kernel file and compile-time parameters.
+
+    Args:
+        aligned: whether every row of the activations starts at a multiple of 16 bytes.
+    """
+    return "flat_quantize", {
+        "X_TYPE": _X_TYPES[dtype], "VECTORS": plan.vectors, "THREADS": plan.threads,
+        "SMOOTH": int(smooth), "WIDTH": digit_bits, "ALIGNED": int(aligned),
+    }  # fmt: skip
+
+
+def _quantizer(
+    plan: QuantizePlan, dtype: torch.dtype, prepared: Prepared, aligned: bool, device: Card
+) -> Function:
+    smooth = prepared.smooth.numel() > 0
+    name, defines = quantize_instance(plan, dtype, prepared.digit_bits, smooth, aligned)
+    return function(name, defines, device)
+
+
+def quantize(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Columns of integers ``[tokens, bytes]`` int8 and steps of ``x`` ``[tokens, in]``.
+
+    There are as many steps as tokens, up to a multiple of 256; those beyond are not written, and
+    neither are columns whose weights are 0.
+    """
+    device = card(x.device.index)
+    tokens, inputs = x.shape
+    pitch = prepared.columns * prepared.digit_bits // 8
+    q = torch.empty((tokens, pitch), dtype=torch.int8, device=x.device)
+    steps = -(-tokens // STEP_PADDING) * STEP_PADDING
+    step = torch.empty(steps, dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return q, step
+    if x.stride(1) != 1 or (x.stride(0) < inputs and tokens > 1):
+        x = x.contiguous()
+    stride = x.stride(0) if tokens > 1 else inputs
+    aligned = x.data_ptr() % 16 == 0 and stride * x.element_size() % 16 == 0
+    plan = quantize_plan(inputs, tokens)
+    arguments = _QuantizeArguments(
+        x.data_ptr(), q.data_ptr(), step.data_ptr(), _pointer(prepared.step),
+        _pointer(prepared.smooth), _pointer(prepared.special), _pointer(prepared.entries),
+        stride, pitch, inputs, prepared.high, len(prepared.entries), prepared.limit,
+    )
+    run = _quantizer(plan, x.dtype, prepared, aligned, device)
+    run(arguments, (tokens, 1, 1), plan.threads)
+    return q, step
+
+
+def _pointer(tensor: Tensor) -> int | None:
+    return tensor.data_ptr() if tensor.numel() else None
+
+
+# ---- multiplying
+
+
+@dataclass(frozen=True)
+class Job:
+    """A product: sizes, and what is compiled in."""
+
+    rows: int
+    tokens: int
+    columns: int
+    registers: bool
+    digit_bits: int
+    high: int
+    y_bf16: bool
+
+    @property
+    def k_tiles(self) -> int:
+        return self.columns // COLUMN_TILE
+
+    @property
+    def high_tiles(self) -> int:
+        return self.high // COLUMN_TILE
+
+    @property
+    def base(self) -> int:
+        return 15 if self.digit_bits == 4 else 255
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {"HORNER": int(self.high > 0), "Y_BF16": int(self.y_bf16)}
+
+    @property
+    def weight_bits(self) -> int:
+        return 4 if self.registers else 8
+
+    def stage_bytes(self, tokens: int, rows: int) -> int:
+        return tokens * COLUMN_TILE + rows * COLUMN_TILE * self.weight_bits // 8
+
+
+_Map = ctypes.c_uint64 * 16
+
+
+class _LinearArguments(ctypes.Structure):
+    _fields_ = [
+        ("w", _Map), ("x", _Map), ("y", _Map),
+        ("packed", ctypes.c_void_p), ("step", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("features", ctypes.c_int), ("tokens", ctypes.c_int),
+        ("k_tiles", ctypes.c_int), ("high_tiles", ctypes.c_int), ("base", ctypes.c_int),
+        ("feature_tiles", ctypes.c_int), ("token_tiles", ctypes.c_int), ("group", ctypes.c_int),
+        ("bias_kind", ctypes.c_int), ("padding", ctypes.c_byte * 60),
+    ]  # fmt: skip
+
+
+class _FewArguments(ctypes.Structure):
+    _fields_ = [
+        ("w", _Map), ("x", _Map), ("y", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p), ("step", ctypes.c_void_p), ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p), ("y_stride", ctypes.c_longlong),
+        ("features", ctypes.c_int), ("tokens", ctypes.c_int),
+        ("k_tiles", ctypes.c_int), ("high_tiles", ctypes.c_int), ("base", ctypes.c_int),
+        ("bias_kind", ctypes.c_int), ("padding", ctypes.c_byte * 56),
+    ]  # fmt: skip
+
+
+class _MmaArguments(ctypes.Structure):
+    _fields_ = [
+        ("w", ctypes.c_void_p), ("x", ctypes.c_void_p), ("y", ctypes.c_void_p),
+        ("step", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("pitch", ctypes.c_longlong), ("y_stride", ctypes.c_longlong),
+        ("features", ctypes.c_int), ("tokens", ctypes.c_int),
+        ("k_tiles", ctypes.c_int), ("high_tiles", ctypes.c_int), ("base", ctypes.c_int),
+        ("bias_kind", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """`flat_linear.cu`: tokens of a tile, tiles in flight, tiles of tokens that go together."""
+
+    tokens: int
+    stages: int
+    group: int
+    kernel: str = "flat_linear"
+
+
+@dataclass(frozen=True)
+class FewPlan:
+    """`flat_few.cu`: tokens of a block, tiles in flight, blocks of a processor and of a cluster."""
+
+    tokens: int
+    stages: int
+    blocks: int
+    split: int
+    kernel: str = "flat_few"
+
+
+@dataclass(frozen=True)
+class MmaPlan:
+    """`flat_mma.cu`: tokens of a block, tiles in flight."""
+
+    tokens: int
+    stages: int
+    kernel: str = "flat_mma"
+
+
+Plan = LinearPlan | FewPlan | MmaPlan
+_WARPGROUPS = 2
+
+
+def linear_plans(job: Job, device: Card) -> Iterator[LinearPlan]:
+    """Ways to run many tokens, the one that rule takes first."""
+    rows = _WARPGROUPS * 64
+
+    def plan(tokens: int) -> LinearPlan:
+        y_bytes = _WARPGROUPS * 128 * 128
+        room = device.shared_bytes - BLOCK_RESERVE - y_bytes
+        return LinearPlan(tokens, room // job.stage_bytes(tokens, rows), 8)
+
+    def cost(tokens: int) -> float:
+        tiles = -(-job.rows // rows) * -(-job.tokens // tokens)
+        # Narrow tiles read each weight from shared memory more often: 8 % slower when all are busy.
+        return -(-tiles // device.processors) * tokens * (1.0 if tokens == 256 else 1.08)
+
+    yield from map(plan, sorted((256, 128), key=cost))
+
+
+def few_plans(job: Job, device: Card) -> Iterator[FewPlan]:
+    """Ways to run few tokens, the one that rule takes first."""
+    rows = _WARPGROUPS * 64
+    tokens = next((t for t in (8, 16, 32, 64) if t >= job.tokens), 64)
+    blocks = 2
+    room = device.processor_shared_bytes // blocks - PROCESSOR_RESERVE - BLOCK_RESERVE
+    stages = room // job.stage_bytes(tokens, rows)
+    tiles = -(-job.rows // rows) * -(-job.tokens // tokens)
+
+    def cost(split: int) -> float:
+        waves = -(-tiles * split // (device.processors * blocks))
+        return waves * (-(-job.k_tiles // split) + 4)
+
+    for split in sorted(range(1, min(8, job.k_tiles) + 1), key=cost):
+        yield FewPlan(tokens, stages, blocks, split)
+
+
+def mma_plans(job: Job, device: Card) -> Iterator[MmaPlan]:
+    tokens = next((t for t in (16, 32, 64) if t >= job.tokens), 128)
+    stage = (tokens + 128) * 64
+    yield MmaPlan(tokens, min(4, (device.shared_bytes - 1024) // stage))
+
+
+@cache
+def choose(job: Job, device: Card) -> tuple[Plan, str]:
+    """The plan of a product, and why."""
+    if device.capability[0] != 9:
+        return next(mma_plans(job, device)), f"{device.arch} has no wgmma"
+    if job.tokens <= MAX_FEW_TOKENS:
+        return next(few_plans(job, device)), f"by rule: up to {MAX_FEW_TOKENS} tokens"
+    return next(linear_plans(job, device)), f"by rule: more than {MAX_FEW_TOKENS} tokens"
+
+
+def instance(plan: Plan, job: Job) -> tuple[str, dict[str, int], int]:
+    """Kernel file, compile-time parameters and bytes of shared memory of a plan."""
+    defines = {"TOKENS": plan.tokens, "STAGES": plan.stages, **job.defines}
+    if isinstance(plan, MmaPlan):
+        defines |= {"DIGIT_BITS": job.digit_bits}
+        return plan.kernel, defines, plan.stages * (plan.tokens + 128) * 64
+    defines |= {"WARPGROUPS": _WARPGROUPS, "WEIGHT_BITS": job.weight_bits}
+    shared = plan.stages * job.stage_bytes(plan.tokens, _WARPGROUPS * 64) + 1024
+    if isinstance(plan, FewPlan):
+        defines |= {"BLOCKS": plan.blocks}
+    else:
+        shared += _WARPGROUPS * _round(plan) * 128
+    return plan.kernel, defines, shared
+
+
+def load(plan: Plan, job: Job, device: Card) -> Function:
+    """The kernel of a plan, compiled and on the device."""
+    name, defines, shared = instance(plan, job)
+    return function(name, defines, device, shared)
+
+
+def _round(plan: LinearPlan) -> int:
+    """Tokens that a warpgroup stores at a time."""
+    return 64 if plan.tokens % 128 else 128
+
+
+def run(
+    plan: Plan, job: Job, q: Tensor, step: Tensor, prepared: Prepared, bias: Tensor | None,
+    y: Tensor,
+) -> None:
+    """``y`` ``[tokens, rows]`` from integers; rows of ``y`` may lie apart."""
+    device = card(q.device.index)
+    kernel = load(plan, job, device)
+    weight = prepared.weight
+    bias_pointer = None if bias is None else bias.data_ptr()
+    bias_kind = 0 if bias is None else _BIAS_KINDS[bias.dtype]
+    scale, steps = prepared.scale.data_ptr(), step.data_ptr()
+    tiles = job.k_tiles, job.high_tiles, job.base
+    rows = _WARPGROUPS * 64
+    if isinstance(plan, MmaPlan):
+        mma = _MmaArguments(
+            weight.data_ptr(), q.data_ptr(), y.data_ptr(), steps, scale, bias_pointer,
+            q.stride(0), y.stride(0), job.rows, job.tokens, *tiles, bias_kind,
+        )
+        kernel(mma, (-(-job.rows // 128), -(-job.tokens // plan.tokens), 1), 256)
+        return
+    w_map, packed = None, None
+    if job.registers:
+        packed = weight.data_ptr()
+    else:
+        padded_rows = weight.shape[0]
+        w_map = _tensor_map(weight.data_ptr(), padded_rows, job.columns, job.columns, rows, 1)
+    x_map = _tensor_map(q.data_ptr(), job.tokens, job.columns, q.stride(0), plan.tokens, 1)
+    few: _FewArguments | _LinearArguments
+    if isinstance(plan, FewPlan):
+        few = _FewArguments(
+            w_map or _Map(), x_map, y.data_ptr(), packed, steps, scale, bias_pointer, y.stride(0),
+            job.rows, job.tokens, *tiles, bias_kind,
+        )
+        grid = (plan.split, -(-job.rows // rows), -(-job.tokens // plan.tokens))
+        kernel(few, grid, _WARPGROUPS * 128 + 32, plan.split)
+        return
+    y_map = _tensor_map(y.data_ptr(), job.tokens, job.rows, y.stride(0), _round(plan), 2)
+    row_tiles, token_tiles = -(-job.rows // rows), -(-job.tokens // plan.tokens)
+    few = _LinearArguments(
+        w_map or _Map(), x_map, y_map, packed, steps, scale, bias_pointer, job.rows, job.tokens,
+        *tiles, row_tiles, token_tiles, plan.group, bias_kind,
+    )
+    blocks = min(device.processors, row_tiles * token_tiles)
+    kernel(few, (blocks, 1, 1), (_WARPGROUPS + 1) * 128)
+
+
+@lru_cache(maxsize=1 << 14)
+def _tensor_map(
+    pointer: int, rows: int, columns: int, pitch: int, box_rows: int, element: int
+) -> ctypes.Array[ctypes.c_uint64]:
+    """A matrix as the bulk copy engine knows it: boxes of 128 bytes by ``box_rows``, swizzled.
+
+    Args:
+        columns, pitch: in elements; ``pitch`` from row to row.
+        element: bytes of an element, 1 or 2.
+    """
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8
+    if element == 2:
+        kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        kind, 2, pointer, [wide(columns), wide(rows)], [wide(pitch * element)],
+        [narrow(128 // element), narrow(box_rows)], [narrow(1), narrow(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise KernelError(
+            f"the CUDA driver refuses a matrix of {rows} x {columns} elements of {element} bytes, "
+            f"rows {pitch} apart, at {pointer:#x} ({status})"
+        )
+    return _Map(*(int(word) for word in encoded.opaque))
+
+
+def job_of(prepared: Prepared, rows: int, tokens: int, dtype: torch.dtype) -> Job:
+    return Job(
+        rows, tokens, prepared.columns, prepared.registers, prepared.digit_bits, prepared.high,
+        dtype == torch.bfloat16,
+    )
+
+
+def multiply(
+    q: Tensor, step: Tensor, prepared: Prepared, bias: Tensor | None, rows: int, tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``[tokens, rows]`` of ``dtype`` from what :func:`quantize` gave."""
+    pitch = -(-rows // 8) * 8  # the copy engine stores rows that are multiples of 16 bytes
+    y = torch.empty((tokens, pitch), dtype=dtype, device=q.device)
+    if tokens and rows:
+        job = job_of(prepared, rows, tokens, dtype)
+        plan, _ = choose(job, card(q.device.index))
+        bias = None if bias is None else bias.contiguous()
+        with torch.cuda.device(q.device):
+            run(plan, job, q, step, prepared, bias, y[:, :rows])
+    return y if pitch == rows else y[:, :rows].contiguous()
+
+
+def linear(
+    x: Tensor, prepared: Prepared, bias: Tensor | None, rows: int
+) -> Tensor:
+    """The whole layer: ``x`` ``[tokens, in]`` to ``[tokens, rows]``."""
+    q, step = quantize(x, prepared)
+    return multiply(q, step, prepared, bias, rows, len(x), x.dtype)
+
+
+def load_all(
+    prepared: Prepared, rows: int, inputs: int, dtype: torch.dtype,
+    tokens: Sequence[int] = (1, 16, 32, 64, 512, 1 << 20),
+) -> None:
+    """Compile and load what products of these numbers of tokens need.
+
+    The default covers every program that the rule can choose, so that a CUDA graph can be captured
+    of any number of tokens.
+    """
+    device = card(prepared.weight.device.index)
+    for count in tokens:
+        _quantizer(quantize_plan(inputs, count), dtype, prepared, inputs % 8 == 0, device)
+        job = job_of(prepared, rows, count, dtype)
+        plans: list[Plan] = [choose(job, device)[0]]
+        if isinstance(plans[0], LinearPlan):
+            plans = list(linear_plans(job, device))
+        for plan in plans:
+            load(plan, job, device)
