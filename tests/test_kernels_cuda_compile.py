@@ -17,7 +17,7 @@ import torch
 
 from lutra.errors import KernelError
 from lutra.kernels.cuda import nvrtc
-from lutra.kernels.cuda.launch import Card
+from lutra.kernels.cuda.launch import TYPICAL_CARDS as CARDS
 from lutra.kernels.cuda.layout import layout_of
 from lutra.kernels.cuda.plans import few_plans, field_plans
 from lutra.kernels.cuda.products import few_defines, field_defines
@@ -27,14 +27,6 @@ try:
 except KernelError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-CARDS = {  # one card of each kind: processors, shared memory of a block and of a processor
-    "sm_80": Card(0, "A100", (8, 0), 108, 166912, 167936),
-    "sm_86": Card(0, "A40", (8, 6), 84, 101376, 102400),
-    "sm_89": Card(0, "L40", (8, 9), 142, 101376, 102400),
-    "sm_90a": Card(0, "H200", (9, 0), 132, 232448, 233472),
-    "sm_100a": Card(0, "B200", (10, 0), 148, 232448, 233472),
-    "sm_120a": Card(0, "RTX PRO 6000", (12, 0), 188, 101376, 102400),
-}
 ALL = os.environ.get("LUTRA_COMPILE_ALL") == "1"
 Defines = dict[str, int]
 

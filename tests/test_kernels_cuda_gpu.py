@@ -193,17 +193,3 @@ def test_every_plan_gives_the_same_product() -> None:
                 run(plan, x, planes, scales, None, y, layout, uniform)
                 allowance = DENSE_ALLOWANCE if plan.kernel == "dense" else ROUNDING_ALLOWANCE
                 assert (y.double() - exact).norm().item() <= allowance * rounding, (tokens, plan)
-
-
-def test_fused_projections() -> None:
-    from lutra.kernels.cuda import FusedLinear
-
-    torch.manual_seed(5)
-    weights = [random_weight(n, 512, 3, 128, True) for n in (96, 40, 40)]
-    fused = FusedLinear(weights, torch.float16)
-    x = torch.randn(3, 512, device="cuda").half()
-    for y, weight in zip(fused(x), weights, strict=True):
-        exact = x.double() @ weight.unpack(torch.float64).T
-        assert torch.allclose(y.double(), exact, rtol=2e-3, atol=2e-2)
-    with pytest.raises(ValueError, match="share a format"):
-        FusedLinear([weights[0], random_weight(8, 512, 2, 128, True)], torch.float16)

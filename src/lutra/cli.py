@@ -250,14 +250,55 @@ def inspect(
     """Show how each layer is stored and multiplied, and the measured bits per weight."""
     from lutra.inspection import inspect_checkpoint
 
-    result = inspect_checkpoint(folder, device=device, dtype=dtype)
+    result = inspect_checkpoint(folder, device=device, dtype=dtype, kernels=kernels)
     if as_json:
         _print_json(result)
         return
     head = ("layer", "format", "bits per weight") + (("kernel", "reason") if kernels else ())
     keys = ("name", "format", "bits_per_weight") + (("kernel", "reason") if kernels else ())
     _table(head, [tuple(_number(layer[k]) for k in keys) for layer in result["layers"]])
+    if kernels:
+        programs: dict[tuple[str, ...], list[str]] = {}
+        for layer in result["layers"]:
+            what = layer["name"].rpartition(".")[2]
+            together = ", ".join(n.rpartition(".")[2] for n in layer["runs_with"])
+            for row in _programs(layer["batches"]):
+                shown = programs.setdefault((together, layer["format"], *row), [])
+                if what not in shown:
+                    shown.append(what)
+        _table(("layers of one product", "format", "tokens", "program", "reason"), programs)
     _say(f"{result['bits_per_weight']:.3f} bits per weight over {len(result['layers'])} layers")
+
+
+@app.command()
+def warmup(
+    model: Annotated[str, typer.Argument(help="Quantized checkpoint.")],
+    device: Annotated[str, typer.Option(help="GPU to compile for: cuda, cuda:1.")] = "cuda",
+    arch: Annotated[
+        str | None, typer.Option(help="Architecture instead, such as sm_90a; needs no GPU.")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Only for these numbers of tokens at a time, by comma.")
+    ] = "",
+    dtype: Annotated[
+        str | None, typer.Option(help="float16 or bfloat16; the checkpoint's own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile ahead every GPU kernel that a model's layers need."""
+    from lutra.warmup import warmup as run
+
+    counts = _integers("--tokens", tokens, 1)
+    with _progress("compiling") as update:
+        result = run(model, device, arch, counts or None, dtype, on_progress=update)
+    if as_json:
+        _print_json(result)
+        return
+    _say(
+        f"{result['kernels']} kernels for {result['card'] or result['arch']} and {result['dtype']} "
+        f"activations: {result['compiled']} compiled in {result['seconds']:.0f} s, the others were "
+        f"there; they are in {result['cache']}"
+    )
 
 
 @app.command()
@@ -475,6 +516,19 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 # ---- what is shown
+
+
+def _programs(batches: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Tokens, program and reason, neighbours that say the same as one."""
+    first = 0
+    for i, batch in enumerate(batches):
+        following = batches[i + 1] if i + 1 < len(batches) else None
+        if following is None or any(batch[k] != following[k] for k in ("program", "reason")):
+            begin, end = batches[first]["tokens"], batch["tokens"]
+            end_text = f" to {end}" if end > begin else ""
+            shown = f"{begin} and more" if following is None else f"{begin}{end_text}"
+            yield shown, batch["program"], batch["reason"]
+            first = i + 1
 
 
 def _console() -> Any:

@@ -2,22 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lutra.architectures import sibling_groups
 from lutra.errors import CheckpointError
 from lutra.evaluate.load import DTYPES, choose_dtype, open_checkpoint
-from lutra.evaluate.size import is_quantized, measure_size
-from lutra.formats.checkpoint import read_quantization_config
+from lutra.evaluate.size import LayerSize, is_quantized, measure_size
+from lutra.formats.checkpoint import SourceCheckpoint, read_quantization_config
 from lutra.kernels.dispatch import LinearSpec, choose
 from lutra.methods import methods
+from lutra.scheme import Format
+
+#: Numbers of tokens at which `lutra inspect --kernels` says what runs.
+BATCHES = tuple(1 << n for n in range(13))
+
+
+@dataclass(frozen=True)
+class Product:
+    """Layers of a checkpoint that run as one product: one, or siblings that read the same input.
+
+    Attributes:
+        names: the layers, in the order of their rows.
+        format: how they are stored.
+        out_features: rows, all together.
+        in_features: inputs.
+    """
+
+    names: tuple[str, ...]
+    format: Format
+    out_features: int
+    in_features: int
+
+    def spec(self, device: torch.device, dtype: torch.dtype, bits: int | None = None) -> LinearSpec:
+        """What a kernel is told, with ``bits`` planes served."""
+        bits = bits or self.format.bits
+        return LinearSpec(
+            self.out_features, self.in_features, bits,
+            self.format.group_size_for(self.in_features), self.format.kind != "bcq" and bits > 1,
+            device, dtype,
+        )  # fmt: skip
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Dtype of the scales that are multiplied; those of integers become float32."""
+        return torch.float32 if self.format.kind == "int" else self.format.scale_dtype
+
+    def served(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> list[tuple[LinearSpec, torch.dtype]]:
+        """Specs of every precision that the file serves, each with the dtype of its scales."""
+        widths = sorted({self.format.bits, *self.format.serve_bits})
+        return [(self.spec(device, dtype, bits), self.scale_dtype) for bits in widths]
+
+
+def checkpoint_products(folder: str | Path) -> tuple[SourceCheckpoint, list[Product]]:
+    """A quantized checkpoint, and what is multiplied in it; nothing but headers is read.
+
+    Raises:
+        CheckpointError: the folder is damaged, or not quantized by lutra.
+    """
+    checkpoint = open_checkpoint(folder)
+    if not is_quantized(checkpoint.config):
+        raise CheckpointError(f"{folder} is not quantized by lutra: it has no kernels of ours")
+    scheme = read_quantization_config(checkpoint.config)
+    layers = {layer.name: layer for layer in measure_size(folder).layers}
+    groups = sibling_groups(checkpoint.config.get("model_type"))
+    products: list[Product] = []
+    seen: set[str] = set()
+    for name in layers:
+        if name in seen:
+            continue
+        siblings = _siblings_of(name, groups, layers)
+        kinds = {
+            (str(scheme.format_of(n)), layers[n].in_features, f"{n}.bias" in checkpoint)
+            for n in siblings
+        }
+        together = siblings if len(kinds) == 1 else (name,)
+        format = scheme.format_of(name)
+        assert format is not None
+        seen.update(together)
+        rows = sum(layers[n].out_features for n in together)
+        products.append(Product(together, format, rows, layers[name].in_features))
+    return checkpoint, products
+
+
+def _siblings_of(
+    name: str, groups: tuple[tuple[str, ...], ...], layers: dict[str, LayerSize]
+) -> tuple[str, ...]:
+    """The layer and those that read its input, where the checkpoint has all of them."""
+    for group in groups:
+        for path in group:
+            prefix = name.removesuffix(path)
+            if prefix != name and all(prefix + other in layers for other in group):
+                return tuple(prefix + other for other in group)
+    return (name,)
 
 
 def inspect_checkpoint(
-    folder: str | Path, device: str = "cpu", dtype: str = "float32"
+    folder: str | Path, device: str = "cpu", dtype: str = "float32", kernels: bool = False
 ) -> dict[str, Any]:
     """How each layer of a quantized checkpoint is stored, and which kernel would multiply it here.
 
@@ -26,10 +112,13 @@ def inspect_checkpoint(
     Args:
         folder: a checkpoint that lutra wrote.
         device, dtype: of the activations, for the choice of kernels.
+        kernels: also list which program of the kernel runs for how many tokens.
 
     Returns:
         ``layers`` (``name``, ``format``, ``bits_per_weight``, ``kernel``, ``reason``, ``shape``),
-        ``bits_per_weight``, ``size_bytes`` and ``quantization`` (the recipe).
+        ``bits_per_weight``, ``size_bytes`` and ``quantization`` (the recipe). With ``kernels`` each
+        layer also has ``runs_with`` (all layers of its product, itself included) and ``batches``,
+        a list of ``tokens``, ``program`` and ``reason``.
 
     Raises:
         CheckpointError: the folder is damaged, or not quantized by lutra.
@@ -41,6 +130,9 @@ def inspect_checkpoint(
     choose_dtype(dtype, 0, device)
     scheme = read_quantization_config(checkpoint.config)
     size = measure_size(folder)
+    products = {}
+    if kernels:
+        products = {name: p for p in checkpoint_products(folder)[1] for name in p.names}
     layers = []
     for layer in size.layers:
         format = scheme.format_of(layer.name)
@@ -51,6 +143,16 @@ def inspect_checkpoint(
             torch.device(device), DTYPES[dtype],
         )  # fmt: skip
         choice = choose(spec)
+        entry: dict[str, Any] = {}
+        if kernels:
+            product = products[layer.name]
+            joint = product.spec(torch.device(device), DTYPES[dtype])
+            runs = choose(joint).kernel
+            described = [(n, *runs.describe(joint, n, product.scale_dtype)) for n in BATCHES]
+            entry["runs_with"] = list(product.names)
+            entry["batches"] = [
+                {"tokens": n, "program": program, "reason": why} for n, program, why in described
+            ]
         layers.append(
             {
                 "name": layer.name,
@@ -59,6 +161,7 @@ def inspect_checkpoint(
                 "kernel": choice.kernel.name,
                 "reason": choice.reason,
                 "shape": f"{layer.out_features}x{layer.in_features}",
+                **entry,
             }
         )
     recipe = checkpoint.config["quantization_config"]

@@ -77,6 +77,16 @@ class Kernel(ABC):
     ) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
 
+    def describe(
+        self, spec: LinearSpec, tokens: int, scale: torch.dtype = torch.float16
+    ) -> tuple[str, str]:
+        """Which program of the kernel multiplies a number of tokens, and why that one.
+
+        Args:
+            scale: dtype of the stored scales.
+        """
+        return self.name, "one program for any number of tokens"
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -11,8 +11,9 @@ chooses by measured tables or by rule and says why, `products.py` launches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from torch import Tensor
 import lutra.kernels.cuda.ops  # noqa: F401  (registers the op)
 from lutra.formats.bitplanes import BitPlanes
 from lutra.kernels.dispatch import Kernel, LinearSpec
+
+if TYPE_CHECKING:
+    from lutra.kernels.cuda.launch import Card
+    from lutra.kernels.flat import FlatKernel
 
 MIN_CAPABILITY = (8, 0)
 
@@ -36,7 +41,7 @@ class CudaKernel(Kernel):
             return f"the weight is on {spec.device.type}, not on a CUDA device"
         if spec.dtype not in (torch.float16, torch.bfloat16):
             return f"activations are {spec.dtype}; float16 and bfloat16 are supported"
-        return unsupported_group(spec.group_size, spec.in_features) or _unusable(
+        return unsupported_group(spec.group_size, spec.in_features) or unusable(
             spec.device.index if spec.device.index is not None else torch.cuda.current_device()
         )
 
@@ -52,16 +57,37 @@ class CudaKernel(Kernel):
         torch.cuda.synchronize(prepared[0].device)
         return prepared
 
-    def describe(self, spec: LinearSpec, tokens: int, scale: torch.dtype = torch.float16) -> str:
-        """Name of the plan for a number of tokens, and why it was taken, for people."""
-        from lutra.kernels.cuda.launch import card
+    def describe(
+        self, spec: LinearSpec, tokens: int, scale: torch.dtype = torch.float16
+    ) -> tuple[str, str]:
         from lutra.kernels.cuda.layout import layout_for
         from lutra.kernels.cuda.tuning import choose
 
-        index = spec.device.index
-        gpu = card(index if index is not None else torch.cuda.current_device())
-        plan, reason = choose(layout_for(spec), spec.uniform, scale.itemsize, tokens, gpu)
-        return f"{plan.kernel}: {reason}"
+        plan, reason = choose(layout_for(spec), spec.uniform, scale.itemsize, tokens, _card(spec))
+        return plan.kernel, reason
+
+    def instances(
+        self, spec: LinearSpec, tokens: Iterable[int], scale: torch.dtype = torch.float16,
+        gpu: Card | None = None,
+    ) -> list[tuple[str, dict[str, int]]]:
+        """Kernel files, with their compile-time parameters, that products of a layer launch.
+
+        Args:
+            tokens: numbers of tokens.
+            scale: dtype of the stored scales.
+            gpu: the card; default: that of the layer. Another needs not be there.
+        """
+        from lutra.kernels.cuda.layout import layout_for
+        from lutra.kernels.cuda.products import plan_instances
+        from lutra.kernels.cuda.tuning import choose
+
+        layout, gpu = layout_for(spec), gpu or _card(spec)
+        plans = {choose(layout, spec.uniform, scale.itemsize, n, gpu)[0] for n in tokens}
+        found = {}
+        for plan in plans:
+            for name, defines in plan_instances(plan, layout, spec.uniform, scale, spec.dtype):
+                found[name, *sorted(defines.items())] = name, defines
+        return list(found.values())
 
     def warm_up(
         self, spec: LinearSpec, tokens: Sequence[int], scale: torch.dtype = torch.float16
@@ -97,8 +123,24 @@ def kernels() -> list[Kernel]:
     return [CudaKernel()]
 
 
+def flat_kernels() -> list[FlatKernel]:
+    """As :func:`kernels`, for layers of flattened integers (`flat.py`)."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return []
+    from lutra.kernels.cuda.flat import CudaFlatKernel
+
+    return [CudaFlatKernel()]
+
+
+def _card(spec: LinearSpec) -> Card:
+    from lutra.kernels.cuda.launch import card
+
+    index = spec.device.index
+    return card(index if index is not None else torch.cuda.current_device())
+
+
 @cache
-def _unusable(index: int) -> str | None:
+def unusable(index: int) -> str | None:
     """Why the kernels cannot run on a GPU, or None. Compiles and runs nothing."""
     from lutra.errors import KernelError
     from lutra.kernels.cuda import nvrtc
@@ -113,58 +155,9 @@ def _unusable(index: int) -> str | None:
         supported = nvrtc.supported_archs()
     except KernelError as error:
         return str(error)
-    number = device.capability[0] * 10 + device.capability[1]
-    if number not in supported:
+    if device.number not in supported:
         return (
-            f"NVRTC {'.'.join(map(str, nvrtc.version()))} does not know {device.arch} "
+            f"NVRTC {nvrtc.version_text()} does not know {device.arch} "
             f"({device.name}); install a newer nvidia-cuda-nvrtc"
         )
     return None
-
-
-class FusedLinear:
-    """Several weights that multiply the same input, in one launch (q, k and v; gate and up).
-
-    The weights become one, row after row; nothing is recomputed or rounded.
-
-    Args:
-        weights: same ``in_features``, bits, group size, kind and dtype of scales.
-        dtype: of the activations.
-
-    Raises:
-        ValueError: the weights do not share a format.
-        KernelError: no kernel of this package can run them.
-    """
-
-    def __init__(self, weights: Sequence[BitPlanes], dtype: torch.dtype) -> None:
-        from lutra.errors import KernelError
-
-        formats = {
-            (w.in_features, w.bits, w.group_size, w.uniform, w.scale.dtype, w.planes.device)
-            for w in weights
-        }
-        if len(formats) != 1:
-            found = ", ".join(sorted(map(str, formats)))
-            raise ValueError(f"weights of one launch share a format; these have {found}")
-        self.out_features = [w.out_features for w in weights]
-        whole = BitPlanes(
-            torch.cat([w.planes for w in weights], dim=1),
-            torch.cat([w.scale for w in weights], dim=1),
-            torch.cat([w.offset for w in weights]),
-            weights[0].in_features,
-            weights[0].group_size,
-        )
-        self.spec = LinearSpec(
-            whole.out_features, whole.in_features, whole.bits, whole.group_size, whole.uniform,
-            whole.planes.device, dtype,
-        )
-        self.kernel = CudaKernel()
-        refusal = self.kernel.supports(self.spec)
-        if refusal:
-            raise KernelError(f"the weights cannot be multiplied in one launch: {refusal}")
-        self.prepared = self.kernel.prepare(whole, self.spec)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``x`` ``[..., in]`` to one ``[..., out]`` for each weight, views of one result."""
-        y = self.kernel.linear(x, self.prepared, None, self.spec)
-        return y.split(self.out_features, dim=-1)

@@ -11,7 +11,7 @@ import ctypes
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -40,8 +40,27 @@ class Card:
         return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
     @property
+    def number(self) -> int:
+        """Compute capability as NVRTC counts them: 90 for 9.0."""
+        return self.capability[0] * 10 + self.capability[1]
+
+    @property
     def dependent_launch(self) -> bool:
         return self.capability >= (9, 0)
+
+
+#: One card of each architecture that the kernels are compiled for, to plan without a GPU.
+TYPICAL_CARDS = {
+    card.arch: card
+    for card in (
+        Card(0, "A100", (8, 0), 108, 166912, 167936),
+        Card(0, "A40", (8, 6), 84, 101376, 102400),
+        Card(0, "L40", (8, 9), 142, 101376, 102400),
+        Card(0, "NVIDIA H200", (9, 0), 132, 232448, 233472),
+        Card(0, "B200", (10, 0), 148, 232448, 233472),
+        Card(0, "RTX PRO 6000", (12, 0), 188, 101376, 102400),
+    )
+}
 
 
 @cache
@@ -134,6 +153,36 @@ class Function:
             result = self._launch(config, self._function, ctypes.addressof(pointer), 0)
         if result[0] != 0:
             _ok(result, f"launch kernel {self.name}")
+
+
+@lru_cache(maxsize=4096)
+def word_boxes(pointer: int, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
+    """Description of boxes of a row-major array of 32-bit words in global memory, for copies.
+
+    Args:
+        pointer: address of the array, a multiple of 16.
+        rows, columns: of the array; rows are a multiple of 16 bytes long.
+        box_rows, box_columns: of a box, at most 256 each; what lies outside reads as 0.
+    """
+    from cuda.bindings import driver
+
+    made = _ok(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT32,
+            2,
+            pointer,
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(columns * 4)],
+            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "describe an array",
+    )
+    return (ctypes.c_ulonglong * 16)(*(int(word) for word in made.opaque))
 
 
 _functions: dict[tuple[Any, ...], Function] = {}

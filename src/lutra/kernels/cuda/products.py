@@ -283,6 +283,18 @@ def multiply(
     return y
 
 
+def plan_instances(
+    plan: Plan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
+) -> list[tuple[str, dict[str, int]]]:
+    """Kernel files that a plan launches, each with its compile-time parameters."""
+    if isinstance(plan, FewPlan):
+        return [(plan.kernel, few_defines(plan, layout, uniform, scale, x))]
+    if isinstance(plan, FieldPlan):
+        arrange, main = field_defines(plan, layout, uniform, scale, x)
+        return [("arrange", arrange), ("field_linear", main)]
+    return [("dequantize", format_defines(layout, uniform, scale, x))]
+
+
 def load(
     layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, device: torch.device,
     tokens: tuple[int, ...] = (1,),
