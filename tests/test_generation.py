@@ -17,7 +17,7 @@ from quantized import make_source, quantize_tiny
 import lutra
 from lutra.errors import LutraError
 from lutra.runtime import generation
-from lutra.runtime.step import DecodeStep, capacity_for
+from lutra.runtime.step import DecodeStep, capacity_for, likeliest
 
 FUSED = {"llama", "mistral", "qwen2", "qwen3", "opt"}
 BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -189,6 +189,13 @@ def test_blocks_are_their_own_again(tmp_path):
     _, model = _models(tmp_path, "llama")
     model.generate(_prompt(1, 6), max_new_tokens=4, do_sample=False)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_likeliest_is_the_first_of_equals():
+    for vocabulary in (257, 512, 50272):
+        logits = torch.randn(3, vocabulary).round(decimals=1)
+        first = [int((row == row.max()).nonzero()[0]) for row in logits]
+        assert likeliest(logits).tolist() == first
 
 
 @pytest.mark.parametrize(

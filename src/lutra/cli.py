@@ -371,7 +371,8 @@ def bench_kernel(
     device: Device = "cpu",
     shape: Annotated[str, typer.Option(help="OUTxIN, by comma.")] = "4096x4096",
     batch: Annotated[str, typer.Option(help="Tokens, by comma.")] = "1",
-    bits: Annotated[str, typer.Option(help="Planes, by comma.")] = "2,3,4",
+    kind: Annotated[str, typer.Option(help="planes, or flat for flattened layers.")] = "planes",
+    bits: Annotated[str, typer.Option(help="Planes, by comma; flat: 4,8.")] = "",
     group_size: Annotated[str, typer.Option(help="Inputs per group, by comma.")] = "128",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     peers: Annotated[str, typer.Option(help="all, none, or names by comma.")] = "all",
@@ -387,8 +388,8 @@ def bench_kernel(
     _integers("--threads", str(threads), 1)
     result = run(
         device=device, shapes=_shapes(shape), batches=_integers("--batch", batch, 1),
-        bits=_integers("--bits", bits, 1, 8), group_sizes=group_sizes, threads=threads,
-        peers=peers,
+        bits=_integers("--bits", bits or ("4,8" if kind == "flat" else "2,3,4"), 1, 8),
+        group_sizes=group_sizes, threads=threads, peers=peers, kind=kind,
     )  # fmt: skip
     if as_json:
         _print_json(result)
@@ -405,11 +406,21 @@ def bench_kernel(
 def bench_model(
     model: Annotated[str, typer.Argument(help="Checkpoint, or a shape such as llama-3-8b.")],
     bits: Annotated[int, typer.Option(help="Of a named shape; 16 is dense.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Of a named shape.")] = 128,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    group_size: Annotated[
+        int, typer.Option(help="Of a named shape; -1: one group per row.")
+    ] = 128,
+    kind: Annotated[str, typer.Option(help="bcq, ubcq or int, of a named shape.")] = "bcq",
+    head_bits: Annotated[int, typer.Option(help="Of a named shape's head; 16 is dense.")] = 16,
+    prompt_len: Annotated[str, typer.Option(help="Tokens of the prompt, by comma.")] = "64",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    batch: Annotated[str, typer.Option(help="Sequences decoded together, by comma.")] = "1",
     layers: Annotated[int | None, typer.Option(help="Keep only so many blocks.")] = None,
     repeats: Annotated[int, typer.Option(help="Runs after one that warms up.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time of a token goes.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the profile into this file.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -418,14 +429,33 @@ def bench_model(
     from lutra.bench.model import bench_model as run
 
     result = run(
-        model, bits=bits, group_size=group_size, prompt_len=prompt_len, new_tokens=new_tokens,
-        layers=layers, repeats=repeats, device=device, dtype=dtype,
+        model, bits=bits, group_size=group_size, kind=kind, head_bits=head_bits,
+        prompt_len=_integers("--prompt-len", prompt_len, 1), new_tokens=new_tokens,
+        batch=_integers("--batch", batch, 1), layers=layers, repeats=repeats, threads=threads,
+        profile=profile or plot is not None, device=device, dtype=dtype,
     )  # fmt: skip
+    if plot is not None:
+        from lutra.bench.profile import plot as draw
+
+        draw({f"{result['model']}, {result['format']}": result["profile"]}, plot)
     if as_json:
         _print_json(result)
         return
     keys = ("ms_per_token", "ttft_ms", "tokens_per_second", "memory_gb", "gbps", "read_limit_gbps")
     _table(("measure", model), [(k.replace("_", " "), _number(result[k])) for k in keys])
+    if "rows" in result:
+        keys = ("prompt_len", "batch", *(k for k in keys if k != "read_limit_gbps"))
+        _table(keys, [tuple(_number(row[k]) for k in keys) for row in result["rows"]])
+    if "profile" in result:
+        found = result["profile"]
+        token = found["token_us"]
+        shares = [(p, _number(us), f"{us / token:.1%}") for p, us in found["parts"].items()]
+        _table(("part of a token", "us", "share"), shares)
+        rows = [
+            (row["name"][:60], row["part"], _number(row["calls"]), _number(row["us"]))
+            for row in found["kernels"][:20]
+        ]
+        _table(("kernel or layer", "part", "calls", "us"), rows)
 
 
 @app.command()

@@ -3,15 +3,19 @@
 A token that is decoded reads every weight once, so on a machine whose memory is the limit,
 ``gbps`` (bytes of weights read per second of decoding) comes close to ``read_limit_gbps`` (a plain
 streaming read on the same machine, measured in the same run). What is missing between the two is
-attention, norms, sampling and overhead.
+attention, norms, sampling and overhead; ``profile`` says how much of each.
 
 A shape by name (``llama-3-8b``) is built with random packed weights; its 16-bit weights never
 exist, so it needs no more memory than the quantized model.
+
+On a GPU the time of a token is that of ``model.generate``, which replays a recorded graph; on a CPU
+that of the model's forward pass with transformers' own cache.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, stdev
 from typing import Any
@@ -19,37 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lutra.errors import LutraError, ResourceError, SchemeError
+from lutra.bench.profile import profile_cpu, profile_gpu
+from lutra.bench.shapes import SHAPES, blocks_of, check_layers
+from lutra.bench.shapes import fill as _fill
+from lutra.bench.shapes import random_model as _random_model
+from lutra.errors import ResourceError, SchemeError
 from lutra.evaluate.load import choose_dtype, load_model, open_checkpoint
 from lutra.evaluate.measure import device_name, versions
 from lutra.evaluate.perplexity import positions_of
 from lutra.evaluate.size import measure_size
 from lutra.nn import QuantizedLinear
+from lutra.runtime.generation import enable, why_not_recorded
+from lutra.runtime.step import DecodeStep, capacity_for
 from lutra.scheme import Format
 
-#: Shapes of well-known models, as arguments of transformers' ``LlamaConfig``.
-SHAPES: dict[str, dict[str, Any]] = {
-    name: {
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": positions,
-    }
-    for name, hidden, mlp, layers, heads, kv_heads, vocabulary, tied, positions in (
-        ("tinyllama-1.1b", 2048, 5632, 22, 32, 4, 32000, False, 2048),
-        ("llama-3.2-1b", 2048, 8192, 16, 32, 8, 128256, True, 131072),
-        ("llama-3.2-3b", 3072, 8192, 28, 24, 8, 128256, True, 131072),
-        ("llama-2-7b", 4096, 11008, 32, 32, 32, 32000, False, 4096),
-        ("mistral-7b", 4096, 14336, 32, 32, 8, 32768, False, 32768),
-        ("llama-3-8b", 4096, 14336, 32, 32, 8, 128256, False, 8192),
-        ("llama-2-13b", 5120, 13824, 40, 40, 40, 32000, False, 4096),
-        ("llama-3-70b", 8192, 28672, 80, 64, 8, 128256, False, 8192),
-    )
-}
+__all__ = ["SHAPES", "_fill", "_random_model", "bench_model", "read_limit_gbps"]
 
 
 def bench_model(
@@ -58,69 +46,90 @@ def bench_model(
     bits: int = 4,
     group_size: int = 128,
     kind: str = "bcq",
+    head_bits: int = 16,
     device: str = "cpu",
     dtype: str | None = None,
-    prompt_len: int = 64,
+    prompt_len: int | Sequence[int] = 64,
     new_tokens: int = 32,
+    batch: int | Sequence[int] = 1,
     layers: int | None = None,
     repeats: int = 3,
+    threads: int | None = None,
+    profile: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure one model at batch size 1.
+    """Measure one model, for every length of the prompt and batch size asked for.
 
     Args:
         path_or_shape: a checkpoint's folder, dense or quantized, or a name of :data:`SHAPES`.
         bits: of a named shape; 16 is dense. A folder has its own.
-        group_size, kind: storage format of a named shape (``bcq``, ``ubcq``, ``int``).
+        group_size, kind: storage format of a named shape (``bcq``, ``ubcq``, ``int``); -1 is one
+            group per row.
+        head_bits: of a named shape's head; 16 is dense, as `lutra quantize` leaves it.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: of activations and of what is not quantized; by default as ``lutra eval`` chooses.
-        prompt_len: tokens of the prompt.
+        prompt_len: tokens of the prompt, which is the context that is attended to.
         new_tokens: tokens decoded after it, one by one, greedily.
+        batch: sequences decoded together.
         layers: keep only the first so many blocks (of shapes and folders), to fit or to be quick.
         repeats: runs after one that warms up; medians are reported.
+        threads: of the CPU; by default torch's.
+        profile: also say where the time of a token goes.
         seed: of random weights and prompt.
 
     Returns:
-        ``ms_per_token`` (decoding, median over all tokens) and ``ms_per_token_stdev`` (of the runs'
-        medians), ``ttft_ms`` (prompt to first token), ``tokens_per_second``,
-        ``prompt_tokens_per_second``, ``memory_gb`` (the process's peak while generating; of a GPU,
-        its allocator's peak), ``gbps``, ``read_limit_gbps``, ``weight_bytes_per_token``,
-        ``kernels`` (layers by kernel), and what was run: ``model``, ``format``, ``layers`` (used
-        and in all), ``dtype``, ``prompt_len``, ``new_tokens``, ``repeats``, ``threads``,
-        ``device``, ``versions``.
+        ``ms_per_token`` (of a step of all sequences; median over tokens or runs) and
+        ``ms_per_token_stdev`` (of the runs' medians), ``ttft_ms`` (prompt to first token),
+        ``tokens_per_second`` (of all sequences), ``prompt_tokens_per_second``, ``memory_gb`` (the
+        process's peak while generating; of a GPU, its allocator's peak), ``gbps``,
+        ``read_limit_gbps``, ``weight_bytes_per_token``, ``kernels`` (layers by kernel), and what
+        was run: ``model``, ``format``, ``layers`` (used and in all), ``dtype``, ``prompt_len``,
+        ``new_tokens``, ``batch``, ``repeats``, ``threads``, ``device``, ``versions``. Where several
+        lengths or batches were asked for, these are of the first, and ``rows`` has all. With
+        ``profile``, ``profile`` has what :mod:`lutra.bench.profile` returns.
 
     Raises:
         SchemeError: an unknown shape, or an option that can not work.
         CheckpointError: the folder can not be used.
         ResourceError: the model does not fit into memory.
     """
-    for name, value in (
-        ("prompt_len", prompt_len), ("new_tokens", new_tokens), ("repeats", repeats),
-        ("layers", 1 if layers is None else layers),
+    prompts = [prompt_len] if isinstance(prompt_len, int) else list(prompt_len)
+    batches = [batch] if isinstance(batch, int) else list(batch)
+    for name, values in (
+        ("prompt_len", prompts), ("batch", batches), ("new_tokens", [new_tokens]),
+        ("repeats", [repeats]), ("layers", [1 if layers is None else layers]),
+        ("threads", [1 if threads is None else threads]),
     ):  # fmt: skip
-        if value < 1:
-            raise SchemeError(f"{name} must be at least 1, not {value}")
+        if not values or min(values) < 1:
+            raise SchemeError(f"{name} must be at least 1, not {min(values, default=None)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     try:
-        if str(path_or_shape) in SHAPES and not Path(path_or_shape).exists():
-            name = str(path_or_shape)
-            format = None if bits == 16 else Format(kind, bits, group_size)
-            model, all_layers = _random_model(name, format, device, dtype, layers)
-            shown = "dense" if format is None else str(format)
-        else:
-            model, all_layers = _load(path_or_shape, device, dtype, layers)
-            name = Path(path_or_shape).resolve().name
-            formats = {str(m.format) for m in model.modules() if isinstance(m, QuantizedLinear)}
-            shown = ", ".join(sorted(formats)) or "dense"
+        model, name, shown, all_layers = _model(
+            path_or_shape, bits, group_size, kind, head_bits, device, dtype, layers
+        )
         positions = positions_of(model.config)
-        if positions is not None and prompt_len + new_tokens > positions:
+        longest = max(prompts) + new_tokens
+        if positions is not None and longest > positions:
             raise SchemeError(
-                f"a prompt of {prompt_len:,} and {new_tokens:,} new tokens pass the model's "
+                f"a prompt of {max(prompts):,} and {new_tokens:,} new tokens pass the model's "
                 f"{positions:,} positions"
             )
         read_bytes = weight_bytes_per_token(model)
         limit = read_limit_gbps(device)
-        runs, peak = _time_runs(model, prompt_len, new_tokens, repeats, device)
+        embedding: Tensor = model.get_input_embeddings().weight
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.prepare_if_local(embedding.dtype)
+        rows = []
+        for length in prompts:
+            for sequences in batches:
+                measured = _measure(model, length, new_tokens, sequences, repeats, device)
+                per_token = measured["ms_per_token"] / 1000
+                measured["gbps"] = read_bytes / per_token / 1e9
+                rows.append({"prompt_len": length, "batch": sequences} | measured)
+        profiled = _profile(model, prompts[0], batches[0], device) if profile else None
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
             f"{path_or_shape} does not fit into the memory of {device} ({error}). "
@@ -131,8 +140,60 @@ def bench_model(
         if isinstance(module, QuantizedLinear) and module.choice is not None:
             kernel = module.choice.kernel.name
             kernels[kernel] = kernels.get(kernel, 0) + 1
-    embedding: Tensor = model.get_input_embeddings().weight
+    used = len(blocks_of(model))
     del model
+    if torch.device(device).type == "cpu":  # other work may have disturbed the first
+        limit = max(limit, read_limit_gbps(device))
+    result = {
+        **{k: v for k, v in rows[0].items() if k not in ("prompt_len", "batch")},
+        "read_limit_gbps": limit,
+        "weight_bytes_per_token": read_bytes,
+        "kernels": kernels,
+        "model": name,
+        "format": shown,
+        "layers": [used, all_layers],
+        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "prompt_len": prompts[0],
+        "new_tokens": new_tokens,
+        "batch": batches[0],
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "versions": versions(),
+    }
+    if len(rows) > 1:
+        result["rows"] = rows
+    if profiled is not None:
+        result["profile"] = profiled
+    return result
+
+
+def _model(
+    path_or_shape: str | Path, bits: int, group_size: int, kind: str, head_bits: int, device: str,
+    dtype: str | None, layers: int | None,
+) -> tuple[Any, str, str, int]:  # fmt: skip
+    """The model, its name, its formats for people, and how many blocks the whole has."""
+    if str(path_or_shape) in SHAPES and not Path(path_or_shape).exists():
+        name = str(path_or_shape)
+        format = None if bits == 16 else Format(kind, bits, group_size)
+        head = None if head_bits == 16 else Format(kind, head_bits, group_size)
+        model, all_layers = _random_model(name, format, device, dtype, layers, head)
+        shown = "dense" if format is None else str(format)
+        if head is not None:
+            shown += f", head {head}"
+        return enable(model), name, shown, all_layers
+    model, all_layers = _load(path_or_shape, device, dtype, layers)
+    formats = {str(m.format) for m in model.modules() if isinstance(m, QuantizedLinear)}
+    shown = ", ".join(sorted(formats)) or "dense"
+    return enable(model), Path(path_or_shape).resolve().name, shown, all_layers
+
+
+def _measure(
+    model: Any, prompt_len: int, new_tokens: int, batch: int, repeats: int, device: str
+) -> dict[str, Any]:
+    on_gpu = torch.device(device).type == "cuda"
+    time_runs = _time_generate if on_gpu else _time_runs
+    runs, peak = time_runs(model, prompt_len, new_tokens, batch, repeats, device)
     first_token = median(run[0] for run in runs)
     medians = [median(run[1:]) for run in runs if len(run) > 1]
     per_token = median(second for run in runs for second in (run[1:] or run))
@@ -140,24 +201,68 @@ def bench_model(
         "ms_per_token": 1000 * per_token,
         "ms_per_token_stdev": 1000 * stdev(medians) if len(medians) > 1 else None,
         "ttft_ms": 1000 * first_token,
-        "tokens_per_second": 1 / per_token,
-        "prompt_tokens_per_second": prompt_len / first_token,
+        "tokens_per_second": batch / per_token,
+        "prompt_tokens_per_second": batch * prompt_len / first_token,
         "memory_gb": peak / 1e9,
-        "gbps": read_bytes / per_token / 1e9,
-        "read_limit_gbps": max(limit, read_limit_gbps(device)),  # other work may have disturbed one
-        "weight_bytes_per_token": read_bytes,
-        "kernels": kernels,
-        "model": name,
-        "format": shown,
-        "layers": [layers if layers is not None else all_layers, all_layers],
-        "dtype": str(embedding.dtype).removeprefix("torch."),
-        "prompt_len": prompt_len,
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "threads": torch.get_num_threads(),
-        "device": device_name(device),
-        "versions": versions(),
     }
+
+
+def _profile(model: Any, prompt_len: int, batch: int, device: str) -> dict[str, Any]:
+    """Where the time of a token behind a prompt goes."""
+    place = torch.device(device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocabulary, (batch, prompt_len), device=device)
+    with torch.no_grad():
+        if place.type == "cuda" and why_not_recorded(model, prompt_len + 8) is None:
+            step = DecodeStep(model, batch, capacity_for(prompt_len + 8))
+            step.prefill(ids)
+            step.advance()
+            found = profile_gpu(step.advance, place)
+            return found | {"fused_blocks": step.fallback is None, "recorded": True}
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+        def token() -> None:
+            model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        found = profile_gpu(token, place) if place.type == "cuda" else profile_cpu(model, token)
+        return found | {"fused_blocks": False, "recorded": False}
+
+
+class _Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _time_generate(
+    model: Any, prompt_len: int, new_tokens: int, batch: int, repeats: int, device: str
+) -> tuple[list[list[float]], int]:
+    """As :func:`_time_runs`, through ``model.generate``; a run has its mean time per token."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(0, vocabulary, (batch, prompt_len), device=device)
+    mask = torch.ones_like(prompt)
+    runs = []
+    for run in range(repeats + 1):
+        if run == 1:
+            _reset_peak(device)
+        clock = _Clock()
+        begin = _now(device)
+        model.generate(
+            prompt, attention_mask=mask, max_new_tokens=new_tokens + 1, do_sample=False,
+            streamer=clock, pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        first, rest = clock.times[1], clock.times[2:]  # the prompt itself comes before the first
+        per_token = (rest[-1] - first) / len(rest)
+        if run:  # the first run builds what kernels need, and records the step
+            runs.append([first - begin, per_token])
+    return runs, _peak(device)
 
 
 def weight_bytes_per_token(model: nn.Module) -> int:
@@ -174,7 +279,14 @@ def weight_bytes_per_token(model: nn.Module) -> int:
 
 
 def read_limit_gbps(device: str, size: int = 1 << 28, repeats: int = 5) -> float:
-    """Streaming read of ``size`` bytes, far more than any cache: the best of some runs, in GB/s."""
+    """Streaming read of ``size`` bytes, far more than any cache: the best of some runs, in GB/s.
+
+    A GPU reads 4 GiB, or what is free, so that the launch does not count.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        free, _ = torch.cuda.mem_get_info(device)
+        size = min(1 << 32, max(1 << 28, free // 4 // 1024 * 1024))
     buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
     buffer.sum()
     best = float("inf")
@@ -187,11 +299,11 @@ def read_limit_gbps(device: str, size: int = 1 << 28, repeats: int = 5) -> float
 
 @torch.inference_mode()
 def _time_runs(
-    model: Any, prompt_len: int, new_tokens: int, repeats: int, device: str
+    model: Any, prompt_len: int, new_tokens: int, batch: int, repeats: int, device: str
 ) -> tuple[list[list[float]], int]:
     """Seconds of each token of each run, the first with the prompt; and peak memory in bytes."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(0, vocabulary, (1, prompt_len), device=device)
+    prompt = torch.randint(0, vocabulary, (batch, prompt_len), device=device)
     runs = []
     for run in range(repeats + 1):
         if run == 1:
@@ -247,74 +359,10 @@ def _load(path: str | Path, device: str, dtype: str | None, layers: int | None) 
     checkpoint = open_checkpoint(path)
     torch_dtype, _ = choose_dtype(dtype, measure_size(checkpoint.path).parameters, device)
     model = load_model(checkpoint, device, torch_dtype)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     total = len(blocks)
     if layers is not None:
-        _check_layers(layers, total)
+        check_layers(layers, total)
         del blocks[layers:]
         model.config.get_text_config().num_hidden_layers = layers
     return model, total
-
-
-def _check_layers(layers: int, total: int) -> None:
-    if layers > total:
-        raise SchemeError(f"--layers {layers}: the model has only {total} blocks")
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks: the longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise LutraError("the model has no list of decoder blocks to count")
-    return max(lists, key=len)
-
-
-def _random_model(
-    shape: str, format: Format | None, device: str, dtype: str | None, layers: int | None
-) -> tuple[Any, int]:
-    """A Llama of a named shape with random weights, packed ones built as such."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = dict(SHAPES[shape])
-    total = settings["num_hidden_layers"]
-    if layers is not None:
-        _check_layers(layers, total)
-        settings["num_hidden_layers"] = layers
-    config = LlamaConfig(**settings)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-        blocks = model.model.layers
-        # The dtype is that of the whole model, however many blocks are kept.
-        left_out = (total - len(blocks)) * sum(p.numel() for p in blocks[0].parameters())
-        parameters = left_out + sum(p.numel() for p in model.parameters())
-        chosen, _ = choose_dtype(dtype, parameters, device)
-        model.to(torch.bfloat16 if isinstance(chosen, str) else chosen)
-        for block in blocks:
-            for name, module in list(block.named_modules()):
-                if isinstance(module, nn.Linear) and format is not None:
-                    packed = QuantizedLinear(module.in_features, module.out_features, format)
-                    block.set_submodule(name, packed)
-    model.to_empty(device=device)
-    model.tie_weights()
-    # Not a parameter, so it has no values after to_empty: computed anew.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _fill(name, parameter, config.hidden_size)
-    return model.eval(), total
-
-
-def _fill(name: str, parameter: Tensor, width: int) -> None:
-    """Random values that keep activations of order 1 through any depth."""
-    if parameter.dtype == torch.int32:
-        parameter.random_(-(2**31), 2**31 - 1)
-    elif parameter.dtype == torch.uint8:
-        parameter.random_(0, 2)
-    elif name.endswith("weight_scale"):
-        parameter.fill_(width**-0.5)
-    elif name.endswith("weight_offset"):
-        parameter.zero_()
-    elif parameter.ndim == 1:
-        parameter.fill_(1)
-    else:
-        parameter.normal_(0, width**-0.5)

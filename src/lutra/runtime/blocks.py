@@ -79,6 +79,9 @@ class FusedBlocks:
             (block, self._forward_of(block, shape)) for block in blocks
         ]
         self._forwards.append((norm, self._last_norm(norm)))
+        rotary = getattr(model.model, "rotary_emb", None)
+        if rotary is not None:
+            self._forwards.append((rotary, self._rotary_table(rotary, norm.weight)))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -129,6 +132,17 @@ class FusedBlocks:
             )  # fmt: skip
             total, x = self._norm(second, Unsummed(total, output(mixed)))
             return Unsummed(total, mlp(x))
+
+        return forward
+
+    def _rotary_table(self, rotary: nn.Module, like: Tensor) -> Callable[..., Any]:
+        """Cosines and sines of all positions, computed once by the model's own module."""
+        positions = torch.arange(self.cache.capacity, device=like.device)[None]
+        cosine, sine = (t[0].contiguous() for t in rotary(like, position_ids=positions))
+
+        def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+            at = position_ids.flatten()
+            return cosine.index_select(0, at), sine.index_select(0, at)
 
         return forward
 

@@ -1,6 +1,6 @@
 """What lies between the linear layers of a block when one token per sequence is decoded.
 
-Three operations, each one launch on a GPU (``token_step.cu``) and plain torch elsewhere: the norm
+Three operations, each one launch on a GPU (``token_*.cu``) and plain torch elsewhere: the norm
 with the residual sum before it, the activation of the MLP, and attention with rotary embedding and
 the write to the key-value cache. Measured on an H200, torch takes about thirty launches for them,
 which cost more than the linear layers of a block of 4096 features.
@@ -143,7 +143,7 @@ def add_norm(
     y = torch.empty_like(x)
     h = x if delta is None else torch.empty_like(x)
     vectors = -(-features // (8 * _NORM_THREADS))
-    kernel = _function(x, VECTORS=vectors, LAYER_NORM=int(layer_norm))
+    kernel = _function("token_norm", x, VECTORS=vectors, LAYER_NORM=int(layer_norm))
     arguments = _NormArguments(
         x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias), h.data_ptr(),
         y.data_ptr(), features, epsilon,
@@ -162,7 +162,7 @@ def activation(x: Tensor, gated: bool) -> Tensor:
     x = x.contiguous()
     rows, features = x.shape[0], x.shape[1] // (2 if gated else 1)
     y = x.new_empty(rows, features)
-    kernel = _function(x, SILU=int(gated))
+    kernel = _function("token_activation", x, SILU=int(gated))
     arguments = _ActivationArguments(x.data_ptr(), y.data_ptr(), features)
     kernel(arguments, (-(-features // 512), rows, 1), 64)
     return y
@@ -200,7 +200,7 @@ def attention(
     batch = qkv.shape[0]
     y = qkv.new_empty(batch, shape.heads * shape.head_dim)
     kernel = _function(
-        qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries,
+        "token_attention", qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries,
         ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
     )  # fmt: skip
     cosine, sine = (t.contiguous() for t in rotary) if rotary is not None else (None, None)
@@ -265,11 +265,13 @@ def defines(x_dtype: torch.dtype, **own: int) -> dict[str, int]:
 
 
 @cache
-def _loaded(dtype: torch.dtype, index: int, own: tuple[tuple[str, int], ...]) -> Function:
+def _loaded(
+    name: str, dtype: torch.dtype, index: int, own: tuple[tuple[str, int], ...]
+) -> Function:
     from lutra.kernels.cuda.launch import card, function
 
-    return function("token_step", defines(dtype, **dict(own)), card(index))
+    return function(name, defines(dtype, **dict(own)), card(index))
 
 
-def _function(x: Tensor, **own: int) -> Function:
-    return _loaded(x.dtype, x.device.index, tuple(sorted(own.items())))
+def _function(name: str, x: Tensor, **own: int) -> Function:
+    return _loaded(name, x.dtype, x.device.index, tuple(sorted(own.items())))

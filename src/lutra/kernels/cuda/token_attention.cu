@@ -1,153 +1,3 @@
-// What lies between the linear layers of a decoder block when one token per sequence is decoded:
-// norms with the residual sum before them, the activation of the MLP, and attention with rotary
-// embedding and the write to the key-value cache. One launch each, where torch takes about thirty.
-//
-// Three kernels of one name; compile-time parameters besides those of common.cuh choose: VECTORS (of 8
-// values per thread) and LAYER_NORM 0|1 for the norm; SILU 0|1 for the activation; HEAD_DIM 64|128|256,
-// QUERIES (heads that share a key head, at most 8), ROTARY 0|1 and HEAD_NORM 0|1 for attention.
-//
-// Values are rounded to the type of the activations where the modules of transformers round them, so
-// that keys, values and norms are those of its own forward pass, bit for bit.
-
-DEVICE float rounded(float f) { return x_to_float(float_to_x(f)); }
-
-union Eight { uint4 words; u16 values[8]; };
-
-DEVICE float block_sum(float v, float* shared) {
-  for (int s = 16; s; s >>= 1) v += __shfl_xor_sync(~0u, v, s);
-  const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  if ((threadIdx.x & 31) == 0) shared[warp] = v;
-  __syncthreads();
-  float sum = 0.f;
-  for (int w = 0; w < warps; w++) sum += shared[w];
-  __syncthreads();
-  return sum;
-}
-
-#ifdef VECTORS
-// sum = x + delta (delta may be absent, then sum is not written); y = norm(sum) * weight (+ bias).
-// Grid: rows. Block: 512 threads. `features` is a multiple of 8.
-struct NormArguments {
-  const u16* x;
-  const u16* delta;
-  const u16* weight;
-  const u16* bias;
-  u16* sum;
-  u16* y;
-  int features;
-  float epsilon;
-};
-
-extern "C" __global__ void __launch_bounds__(512)
-token_step(const __grid_constant__ NormArguments p) {
-  __shared__ float shared[16];
-  const long long row = (long long)blockIdx.x * p.features;
-  Eight weight[VECTORS], bias[VECTORS];
-  float h[VECTORS * 8];
-#pragma unroll
-  for (int v = 0; v < VECTORS; v++) {
-    const int i = (v * 512 + threadIdx.x) * 8;
-    if (i < p.features) {
-      weight[v].words = *(const uint4*)(p.weight + i);
-      if (LAYER_NORM && p.bias) bias[v].words = *(const uint4*)(p.bias + i);
-    }
-  }
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  float total = 0.f;
-#pragma unroll
-  for (int v = 0; v < VECTORS; v++) {
-    const int i = (v * 512 + threadIdx.x) * 8;
-    Eight a, b;
-    if (i < p.features) {
-      a.words = *(const uint4*)(p.x + row + i);
-      if (p.delta) b.words = *(const uint4*)(p.delta + row + i);
-    }
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      float value = 0.f;
-      if (i < p.features) {
-        value = x_to_float(a.values[j]);
-        if (p.delta) {
-          value = rounded(value + x_to_float(b.values[j]));
-          a.values[j] = float_to_x(value);
-        }
-      }
-      h[v * 8 + j] = value;
-      total += LAYER_NORM ? value : value * value;
-    }
-    if (p.delta && i < p.features) *(uint4*)(p.sum + row + i) = a.words;
-  }
-  total = block_sum(total, shared);
-  float mean = 0.f;
-  if (LAYER_NORM) {
-    mean = total / p.features;
-    float squares = 0.f;
-#pragma unroll
-    for (int v = 0; v < VECTORS; v++)
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        if ((v * 512 + threadIdx.x) * 8 < p.features) {
-          const float d = h[v * 8 + j] - mean;
-          squares += d * d;
-        }
-    total = block_sum(squares, shared);
-  }
-  const float scale = rsqrtf(total / p.features + p.epsilon);
-#pragma unroll
-  for (int v = 0; v < VECTORS; v++) {
-    const int i = (v * 512 + threadIdx.x) * 8;
-    if (i >= p.features) break;
-    Eight out;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float w = x_to_float(weight[v].values[j]);
-      if (LAYER_NORM) {
-        const float z = p.bias ? x_to_float(bias[v].values[j]) : 0.f;
-        out.values[j] = float_to_x((h[v * 8 + j] - mean) * scale * w + z);
-      } else {
-        out.values[j] = float_to_x(w * rounded(h[v * 8 + j] * scale));
-      }
-    }
-    *(uint4*)(p.y + row + i) = out.words;
-  }
-}
-#endif
-
-#ifdef SILU
-// SILU: y = silu(gate) * up for x = [rows][gate, up]; else y = max(x, 0). `features` of y, a multiple
-// of 8. Grid: (ceil(features / 512), rows). Block: 64 threads.
-struct ActivationArguments {
-  const u16* x;
-  u16* y;
-  int features;
-};
-
-extern "C" __global__ void __launch_bounds__(64)
-token_step(const __grid_constant__ ActivationArguments p) {
-  const int i = (blockIdx.x * 64 + threadIdx.x) * 8;
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  if (i >= p.features) return;
-  const u16* x = p.x + (long long)blockIdx.y * p.features * (SILU ? 2 : 1) + i;
-  Eight gate, up, out;
-  gate.words = *(const uint4*)x;
-  if (SILU) up.words = *(const uint4*)(x + p.features);
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const float g = x_to_float(gate.values[j]);
-    if (SILU) {
-      const float a = rounded(g / (1.f + __expf(-g)));
-      out.values[j] = float_to_x(a * x_to_float(up.values[j]));
-    } else {
-      out.values[j] = float_to_x(fmaxf(g, 0.f));
-    }
-  }
-  *(uint4*)(p.y + (long long)blockIdx.y * p.features + i) = out.words;
-}
-#endif
-
-#ifdef HEAD_DIM
 // One new token per sequence against the cache.
 //
 //   qkv     [batch][(heads + 2 kv_heads) * HEAD_DIM]   queries, keys, values of the new token
@@ -158,6 +8,11 @@ token_step(const __grid_constant__ ActivationArguments p) {
 // many parts there are depends on how many positions there are. The last block to finish adds the
 // parts up, in their order, so results do not depend on timing. Grid: (splits, kv_heads, batch).
 // Block: 128 threads; HEAD_DIM / 8 lanes share a row.
+// Compile-time parameters: HEAD_DIM 64|128|256, QUERIES (heads that share a key head, at most 8),
+// ROTARY 0|1, HEAD_NORM 0|1.
+
+#include "token.cuh"
+
 struct AttentionArguments {
   const u16* qkv;
   const u16* cosine;      // [batch or 1][HEAD_DIM]
@@ -224,7 +79,7 @@ DEVICE void head_values(const AttentionArguments& p, const u16* head, const u16*
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-token_step(const __grid_constant__ AttentionArguments p) {
+token_attention(const __grid_constant__ AttentionArguments p) {
   __shared__ float part[WARPS][QUERIES][PART];
   __shared__ bool is_last;
   const int split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z;
@@ -370,4 +225,3 @@ token_step(const __grid_constant__ AttentionArguments p) {
     p.y[head * HEAD_DIM + i] = float_to_x(value / all);
   }
 }
-#endif
