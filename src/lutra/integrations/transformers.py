@@ -8,6 +8,8 @@ three-dimensional weights, which is why they have three dimensions.
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,7 @@ class LutraQuantizer(HfQuantizer):
         return scheme.format_of(name) or scheme.format_of(f"{prefix}.{name}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        _own_memory(model)
         join_siblings(model)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
@@ -99,6 +102,40 @@ class LutraQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 model.set_submodule(name, dense_linear(module, wanted))
         return model
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy parameters that lie in the mapped file of packed weights.
+
+    Loaded tensors are pieces of mapped files. Packed weights leave them for the layout of their
+    kernel, and a file is unmapped with its last tensor: a norm that stayed would keep all of it.
+    """
+    mapped = _mapped_files()
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    left = {_mapping_of(p, mapped) for m in packed for p in m.parameters(recurse=False)} - {None}
+    inside = {id(p) for m in packed for n, p in m.named_parameters() if n.startswith("weight")}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in inside and _mapping_of(tensor, mapped) in left:
+            tensor.data = tensor.data.clone()
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Addresses at which files of weights are mapped, sorted; none where Linux does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    ranges = [line.split()[0].split("-") for line in lines if ".safetensors" in line]
+    return sorted((int(begin, 16), int(end, 16)) for begin, end in ranges)
+
+
+def _mapping_of(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> int | None:
+    """Where the mapped file begins that a tensor lies in, or None."""
+    if tensor.device.type != "cpu" or hasattr(tensor, "to_local") or not mapped:
+        return None
+    address = tensor.data_ptr()
+    place = bisect_right(mapped, (address, sys.maxsize)) - 1
+    return mapped[place][0] if place >= 0 and address < mapped[place][1] else None
 
 
 def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear:
