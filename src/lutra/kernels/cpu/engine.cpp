@@ -29,6 +29,61 @@ void parallel(int items, int threads, F& f) {
       items, threads, [](void* c, int item, int thread) { (*(F*)c)(item, thread); }, &f);
 }
 
+// Vectors of the compiler, which every target here has in 16 bytes.
+typedef unsigned char Bytes __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define LUTRA_SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LUTRA_SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
+#endif
+
+// Turns 16 x 16 numbers: four times the first half interleaved with the second.
+void transpose_numbers(uint16_t numbers[kTileRows][kTileRows]) {
+  constexpr int kVectors = kTileRows * kTileRows / 8;
+  Halves a[kVectors], b[kVectors];
+  memcpy(a, numbers, sizeof a);
+  for (int round = 0; round < 2; round++) {
+    for (int i = 0; i < kVectors / 2; i++) {
+      b[2 * i] = LUTRA_SHUFFLE(Halves, a[i], a[kVectors / 2 + i], 0, 8, 1, 9, 2, 10, 3, 11);
+      b[2 * i + 1] = LUTRA_SHUFFLE(Halves, a[i], a[kVectors / 2 + i], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < kVectors / 2; i++) {
+      a[2 * i] = LUTRA_SHUFFLE(Halves, b[i], b[kVectors / 2 + i], 0, 8, 1, 9, 2, 10, 3, 11);
+      a[2 * i + 1] = LUTRA_SHUFFLE(Halves, b[i], b[kVectors / 2 + i], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+  }
+  memcpy(numbers, a, sizeof a);
+}
+
+void transpose_numbers(uint32_t numbers[kTileRows][kTileRows]) {
+  for (int i = 0; i < kTileRows; i++)
+    for (int j = 0; j < i; j++) {
+      const uint32_t held = numbers[i][j];
+      numbers[i][j] = numbers[j][i], numbers[j][i] = held;
+    }
+}
+
+// At most 16 lines of at most 16 numbers, a stride apart, to or from a square. Copies of a known size
+// become plain loads and stores, which whole lines are worth.
+template <class T>
+void move_lines(T* lines, size_t stride, int rows, int count, T square[kTileRows][kTileRows],
+                bool load) {
+  if (rows == kTileRows && count == kTileRows) {
+    for (int r = 0; r < kTileRows; r++, lines += stride)
+      memcpy(load ? square[r] : lines, load ? lines : square[r], sizeof square[r]);
+    return;
+  }
+  if (load) memset(square, 0, kTileRows * sizeof square[0]);
+  for (int r = 0; r < rows; r++, lines += stride)
+    for (int i = 0; i < count; i++)
+      if (load)
+        square[r][i] = lines[i];
+      else
+        lines[i] = square[r][i];
+}
+
 // Between per-row numbers [plane][out][groups] and [group][plane][tile][16] of one block.
 template <class T>
 void move_numbers(const Weight& w, int block, int planes, T* canonical, T* prepared,
@@ -36,17 +91,24 @@ void move_numbers(const Weight& w, int block, int planes, T* canonical, T* prepa
   const int rows = tiles_of(w, block) * kTileRows, first = block * w.tiles * kTileRows;
   const int valid = w.out - first < rows ? w.out - first : rows;
   T* base = prepared + (size_t)first * w.groups * planes;
+  T square[kTileRows][kTileRows] = {};
   for (int q = 0; q < planes; q++)
-    for (int r = 0; r < rows; r++) {
-      T* c = canonical + ((size_t)q * w.out + first + r) * w.groups;
-      T* p = base + (size_t)q * rows + r;
-      const size_t step = (size_t)planes * rows;
-      if (r >= valid) {
-        for (int g = 0; to_prepared && g < w.groups; g++) p[g * step] = 0;
-      } else if (to_prepared) {
-        for (int g = 0; g < w.groups; g++) p[g * step] = c[g];
-      } else {
-        for (int g = 0; g < w.groups; g++) c[g] = p[g * step];
+    for (int row = 0; row < rows; row += kTileRows) {
+      const int height = valid - row < kTileRows ? valid - row : kTileRows;
+      for (int from = 0; from < w.groups; from += kTileRows) {
+        const int width = w.groups - from < kTileRows ? w.groups - from : kTileRows;
+        T* c = canonical + ((size_t)q * w.out + first + row) * w.groups + from;
+        T* p = base + ((size_t)from * planes + q) * rows + row;
+        const size_t step = (size_t)planes * rows;
+        if (to_prepared) {
+          move_lines(c, w.groups, height, width, square, true);
+          transpose_numbers(square);
+          for (int g = 0; g < width; g++) memcpy(p + g * step, square[g], sizeof square[g]);
+        } else {
+          for (int g = 0; g < width; g++) memcpy(square[g], p + g * step, sizeof square[g]);
+          transpose_numbers(square);
+          move_lines(c, w.groups, height, width, square, false);
+        }
       }
     }
 }
@@ -59,42 +121,89 @@ void move_numbers(const Weight& w, int block, int planes, Dtype dtype, void* can
     move_numbers(w, block, planes, (uint16_t*)canonical, (uint16_t*)prepared, to_prepared);
 }
 
-// The 16 x 4 bytes of a cell to [4 bytes][16 rows], or back.
-void transpose_bytes(uint32_t* cell, bool back) {
-  unsigned char bytes[64], turned[64];
-  memcpy(bytes, cell, 64);
-  for (int b = 0; b < 4; b++)
-    for (int r = 0; r < kTileRows; r++)
-      if (back)
-        turned[r * 4 + b] = bytes[b * kTileRows + r];
-      else
-        turned[b * kTileRows + r] = bytes[r * 4 + b];
-  memcpy(cell, turned, 64);
+// The first half of 64 bytes interleaved with the second: addresses rotate left by one bit.
+void interleave(Bytes v[4]) {
+  const Bytes a = v[0], b = v[1], c = v[2], d = v[3];
+#define LUTRA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LUTRA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+  v[0] = LUTRA_SHUFFLE(Bytes, a, c, LUTRA_LOW);
+  v[1] = LUTRA_SHUFFLE(Bytes, a, c, LUTRA_HIGH);
+  v[2] = LUTRA_SHUFFLE(Bytes, b, d, LUTRA_LOW);
+  v[3] = LUTRA_SHUFFLE(Bytes, b, d, LUTRA_HIGH);
+#undef LUTRA_LOW
+#undef LUTRA_HIGH
 }
 
-// Between words [plane][out][words] and the cells of one block.
+// The 16 x 4 bytes of a cell to [4 bytes][16 rows], or back.
+void transpose_bytes(uint32_t* cell, bool back) {
+  Bytes v[4];
+  memcpy(v, cell, 64);
+  for (int i = 0; i < (back ? 2 : 4); i++) interleave(v);
+  memcpy(cell, v, 64);
+}
+
+using Square = uint32_t[kTileRows][kTileRows];
+
+void transpose(const Square& from, Square& to) {
+  for (int i = 0; i < kTileRows; i += 4)
+    for (int j = 0; j < kTileRows; j += 4) {
+      Words r[4];
+      for (int k = 0; k < 4; k++) memcpy(&r[k], &from[i + k][j], 16);
+      const Words a = LUTRA_SHUFFLE(Words, r[0], r[1], 0, 4, 1, 5);
+      const Words b = LUTRA_SHUFFLE(Words, r[0], r[1], 2, 6, 3, 7);
+      const Words c = LUTRA_SHUFFLE(Words, r[2], r[3], 0, 4, 1, 5);
+      const Words d = LUTRA_SHUFFLE(Words, r[2], r[3], 2, 6, 3, 7);
+      r[0] = LUTRA_SHUFFLE(Words, a, c, 0, 1, 4, 5);
+      r[1] = LUTRA_SHUFFLE(Words, a, c, 2, 3, 6, 7);
+      r[2] = LUTRA_SHUFFLE(Words, b, d, 0, 1, 4, 5);
+      r[3] = LUTRA_SHUFFLE(Words, b, d, 2, 3, 6, 7);
+      for (int k = 0; k < 4; k++) memcpy(&to[j + k][i], &r[k], 16);
+    }
+}
+#undef LUTRA_SHUFFLE
+
+// Between words [plane][out][words] and the cells of one block, 16 words of 16 rows at a time. Rows
+// follow each other in the canonical layout, so the lines of the next 16 are wanted soon.
 void move_planes(const Weight& w, const Isa& isa, int block, uint32_t* canonical, uint32_t* prepared,
                  bool to_prepared) {
   const int tiles = tiles_of(w, block);
-  uint32_t* cell = prepared + (size_t)block * w.tiles * kTileRows * w.words * w.bits;
-  for (int g = 0; g < w.groups; g++)
-    for (int q = 0; q < w.bits; q++)
-      for (int i = 0; i < words_of(w, g); i++)
-        for (int t = 0; t < tiles; t++, cell += kTileRows) {
-          const int row = (block * w.tiles + t) * kTileRows;
-          const int rows = w.out - row < kTileRows ? w.out - row : kTileRows;
-          uint32_t* c = canonical + ((size_t)q * w.out + row) * w.words + g * w.group_words + i;
-          uint32_t turned[kTileRows] = {};
-          if (to_prepared) {
-            for (int r = 0; r < rows; r++) turned[r] = c[(size_t)r * w.words];
-            if (isa.byte_cells) transpose_bytes(turned, false);
-            memcpy(cell, turned, 64);
-          } else {
-            memcpy(turned, cell, 64);
-            if (isa.byte_cells) transpose_bytes(turned, true);
-            for (int r = 0; r < rows; r++) c[(size_t)r * w.words] = turned[r];
-          }
+  const size_t step = (size_t)tiles * kTileRows, next_tile = (size_t)kTileRows * w.words;
+  uint32_t* base = prepared + (size_t)block * w.tiles * kTileRows * w.words * w.bits;
+  alignas(64) Square lines, cells = {};
+  for (int t = 0; t < tiles; t++) {
+    const int row = (block * w.tiles + t) * kTileRows;
+    const int rows = w.out - row < kTileRows ? w.out - row : kTileRows;
+    for (int q = 0; q < w.bits; q++) {
+      int group = 0, word = 0, words = words_of(w, 0);  // the place within the row
+      uint32_t* cell = base + ((size_t)q * words * tiles + t) * kTileRows;
+      for (int from = 0; from < w.words; from += kTileRows) {
+        const int count = w.words - from < kTileRows ? w.words - from : kTileRows;
+        uint32_t* c = canonical + ((size_t)q * w.out + row) * w.words + from;
+        if (to_prepared) {
+          for (int r = 0; r < kTileRows; r++)
+            __builtin_prefetch(c + next_tile + (size_t)r * w.words);
+          move_lines(c, w.words, rows, count, lines, true);
+          transpose(lines, cells);
+          if (isa.byte_cells)
+            for (int i = 0; i < count; i++) transpose_bytes(cells[i], false);
         }
+        for (int i = 0; i < count; i++) {
+          memcpy(to_prepared ? cell : cells[i], to_prepared ? cells[i] : cell, 64);
+          cell += step;
+          if (++word < words) continue;
+          cell += (size_t)words * (w.bits - 1 - q) * step;  // planes after q in this group
+          word = 0, words = ++group < w.groups ? words_of(w, group) : 1;
+          cell += (size_t)words * q * step;  // and before it in the next
+        }
+        if (!to_prepared) {
+          if (isa.byte_cells)
+            for (int i = 0; i < count; i++) transpose_bytes(cells[i], true);
+          transpose(cells, lines);
+          move_lines(c, w.words, rows, count, lines, false);
+        }
+      }
+    }
+  }
 }
 
 void move_all(const Weight& w, const Isa& isa, uint32_t* planes, void* scale, void* offset,
