@@ -19,7 +19,9 @@ from lutra.nn import QuantizedLinear
 from lutra.scheme import Format
 from lutra.solvers.gptq_loop import output_error
 
-CASES = [(name, kind) for name, method in methods().items() for kind in method.formats]
+# Methods that choose for the whole model have tests of their own.
+BY_BLOCK = {name: method for name, method in methods().items() if method.scope != "model"}
+CASES = [(name, kind) for name, method in BY_BLOCK.items() for kind in method.formats]
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2
 }  # fmt: skip

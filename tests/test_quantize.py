@@ -29,7 +29,9 @@ from lutra.nn import QuantizedLinear
 from lutra.runner.walk import quantize_checkpoint
 from lutra.scheme import Format
 
-CASES = [(name, kind) for name, method in methods().items() for kind in method.formats]
+# Methods that choose for the whole model have tests of their own.
+BY_BLOCK = {name: method for name, method in methods().items() if method.scope != "model"}
+CASES = [(name, kind) for name, method in BY_BLOCK.items() for kind in method.formats]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +203,7 @@ def test_shards_of_any_size(tmp_path, source, shard):
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", BY_BLOCK)
 def test_odd_shapes_and_one_layer(tmp_path, text_file, name):
     """Inputs that no group size divides, an odd number of outputs, a single block."""
     source = make_source(

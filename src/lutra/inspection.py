@@ -14,7 +14,9 @@ from lutra.evaluate.load import DTYPES, choose_dtype, open_checkpoint
 from lutra.evaluate.size import LayerSize, is_quantized, measure_size
 from lutra.formats.checkpoint import SourceCheckpoint, read_quantization_config
 from lutra.kernels.dispatch import LinearSpec, choose
+from lutra.kernels.flat import choose as choose_flat
 from lutra.methods import methods
+from lutra.nn_flat import spec_of
 from lutra.scheme import Format
 
 #: Numbers of tokens at which `lutra inspect --kernels` says what runs.
@@ -74,7 +76,7 @@ def checkpoint_products(folder: str | Path) -> tuple[SourceCheckpoint, list[Prod
     products: list[Product] = []
     seen: set[str] = set()
     for name in layers:
-        if name in seen:
+        if name in seen or _is_flat(scheme.format_of(name)):
             continue
         siblings = _siblings_of(name, groups, layers)
         kinds = {
@@ -88,6 +90,11 @@ def checkpoint_products(folder: str | Path) -> tuple[SourceCheckpoint, list[Prod
         rows = sum(layers[n].out_features for n in together)
         products.append(Product(together, format, rows, layers[name].in_features))
     return checkpoint, products
+
+
+def _is_flat(format: Format | None) -> bool:
+    """Whether a layer has kernels of its own kind, which need no programs made ready."""
+    return format is not None and format.kind == "flat"
 
 
 def _siblings_of(
@@ -137,14 +144,21 @@ def inspect_checkpoint(
     for layer in size.layers:
         format = scheme.format_of(layer.name)
         assert format is not None
-        spec = LinearSpec(
-            layer.out_features, layer.in_features, format.bits,
-            format.group_size_for(layer.in_features), format.kind != "bcq" and format.bits > 1,
-            torch.device(device), DTYPES[dtype],
-        )  # fmt: skip
-        choice = choose(spec)
         entry: dict[str, Any] = {}
-        if kernels:
+        if format.kind == "flat":
+            flat_spec = spec_of(
+                format, layer.out_features, layer.in_features, torch.device(device), DTYPES[dtype]
+            )
+            choice = choose_flat(flat_spec)
+            entry |= _choice_of(checkpoint, layer.name)
+        else:
+            spec = LinearSpec(
+                layer.out_features, layer.in_features, format.bits,
+                format.group_size_for(layer.in_features), format.kind != "bcq" and format.bits > 1,
+                torch.device(device), DTYPES[dtype],
+            )  # fmt: skip
+            choice = choose(spec)
+        if kernels and layer.name in products:
             product = products[layer.name]
             joint = product.spec(torch.device(device), DTYPES[dtype])
             runs = choose(joint).kernel
@@ -171,6 +185,21 @@ def inspect_checkpoint(
         "size_bytes": size.size_bytes,
         "quantization": {k: v for k, v in recipe.items() if k != "scheme"},
     }
+
+
+#: What `lutra inspect` shows of each layer that a method chose bits for.
+CHOSEN = (
+    "rung", "growth", "alpha", "threshold", "wide_channels", "wide_weights", "clipped_inputs",
+    "clipped_weights", "kl",
+)  # fmt: skip
+
+
+def _choice_of(checkpoint: SourceCheckpoint, layer: str) -> dict[str, Any]:
+    """What the checkpoint records of how a layer came to its bits."""
+    recorded = checkpoint.config["quantization_config"].get("layers")
+    facts = recorded.get(layer) if isinstance(recorded, dict) else None
+    facts = facts if isinstance(facts, dict) else {}
+    return {key: facts[key] for key in (*CHOSEN, "tried") if key in facts}
 
 
 def list_methods() -> list[dict[str, Any]]:

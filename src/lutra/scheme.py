@@ -4,6 +4,10 @@ A format name parses back: ``bcq3g128`` is three bit planes with free levels in 
 ``ubcq3g128`` the same with equally spaced levels (one stored scale per group), ``int4g64`` grouped
 integers, ``bcq3row`` one group per row. ``+f32`` marks scales stored in float32 instead of float16,
 ``+serve2,3`` scales refitted for the first 2 and 3 planes.
+
+``flat4`` and ``flat8`` are flattened integers (:mod:`lutra.formats.flat`), multiplied with
+activations that are quantized too: ``flat4x12`` has 12 further columns of weight digits,
+``+static`` a stored step of the activations, ``+smooth`` a stored scale of the inputs.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ import torch
 
 from lutra.errors import SchemeError
 
-KINDS = ("bcq", "ubcq", "int")
+KINDS = ("bcq", "ubcq", "int", "flat")
 _NAME = re.compile(
     r"(?P<kind>bcq|ubcq|int)(?P<bits>\d+)(?:g(?P<group>\d+)|row)(?P<f32>\+f32)?"
     r"(?:\+serve(?P<serve>\d+(?:,\d+)*))?"
+)
+_FLAT_NAME = re.compile(
+    r"flat(?P<bits>[48])(?:x(?P<extra>[1-9]\d*))?(?P<static>\+static)?(?P<smooth>\+smooth)?"
 )
 
 
@@ -30,11 +37,15 @@ class Format:
     """How one layer's weight is stored.
 
     Attributes:
-        kind: ``bcq`` (bit planes, free levels), ``ubcq`` (bit planes, uniform levels), ``int``.
+        kind: ``bcq`` (bit planes, free levels), ``ubcq`` (bit planes, uniform levels), ``int``,
+            ``flat`` (flattened integers).
         bits: planes or bits, 1 to 8.
         group_size: inputs per group, a multiple of 32; -1 for one group per row.
         scale_dtype: dtype of scales and offsets.
         serve_bits: further precisions served by a prefix of the planes.
+        extra: of ``flat``: stored columns beyond one an input.
+        static: of ``flat``: whether activations have one stored step.
+        smooth: of ``flat``: whether inputs are divided by a stored scale.
     """
 
     kind: str
@@ -42,10 +53,20 @@ class Format:
     group_size: int = 128
     scale_dtype: torch.dtype = torch.float16
     serve_bits: tuple[int, ...] = ()
+    extra: int = 0
+    static: bool = False
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SchemeError(f"unknown format {self.kind!r}; there are {', '.join(KINDS)}")
+        if self.kind == "flat":
+            if self.bits not in (4, 8):
+                raise SchemeError(f"flattened integers have 4 or 8 bits, not {self.bits}")
+            object.__setattr__(self, "group_size", -1)  # one scale an output, always in float32
+            object.__setattr__(self, "scale_dtype", torch.float32)
+        elif self.extra or self.static or self.smooth:
+            raise SchemeError("only flat formats have further columns, a static step or smoothing")
         if not 1 <= self.bits <= 8:
             raise SchemeError(f"bits must be between 1 and 8, not {self.bits}")
         if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
@@ -53,7 +74,7 @@ class Format:
                 f"group size must be a multiple of 32, or -1 for one group per row, "
                 f"not {self.group_size}"
             )
-        if self.kind == "int" and self.serve_bits:
+        if self.kind in ("int", "flat") and self.serve_bits:
             raise SchemeError("only bit planes (bcq, ubcq) can serve lower precisions")
         for bits in self.serve_bits:
             if not 1 <= bits < self.bits:
@@ -66,10 +87,17 @@ class Format:
         Raises:
             SchemeError: the name is not of the form ``bcq3g128``.
         """
+        flat = _FLAT_NAME.fullmatch(name)
+        if flat:
+            return cls(
+                "flat", int(flat["bits"]), extra=int(flat["extra"] or 0),
+                static=bool(flat["static"]), smooth=bool(flat["smooth"]),
+            )  # fmt: skip
         match = _NAME.fullmatch(name)
         if not match:
             raise SchemeError(
-                f"unknown format {name!r}; formats look like bcq3g128, ubcq3g128, int4g64, bcq3row"
+                f"unknown format {name!r}; formats look like bcq3g128, ubcq3g128, int4g64, "
+                "bcq3row, flat4"
             )
         serve = match["serve"]
         return cls(
@@ -81,6 +109,10 @@ class Format:
         )
 
     def __str__(self) -> str:
+        if self.kind == "flat":
+            extra = f"x{self.extra}" if self.extra else ""
+            marks = "+static" * self.static + "+smooth" * self.smooth
+            return f"flat{self.bits}{extra}{marks}"
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
         f32 = "+f32" if self.scale_dtype == torch.float32 else ""
         serve = "+serve" + ",".join(map(str, self.serve_bits)) if self.serve_bits else ""

@@ -86,7 +86,7 @@ def measure_size(folder: str | Path) -> ModelSize:
     bytes_of = {name: checkpoint.nbytes(name) for name in checkpoint.names()}
     total = sum(bytes_of.values())
     layers = _layer_sizes(checkpoint, packed, bytes_of)
-    companions = {n for layer in packed for n in bytes_of if n.startswith(f"{layer}.weight")}
+    companions = {n for layer in packed for n in bytes_of if _is_of(n, layer)}
     others = [name for name in bytes_of if name not in companions]
     parameters = sum(_numel(checkpoint.shape(name)) for name in others)
     parameters += sum(layer.weights for layer in layers)
@@ -141,6 +141,8 @@ def _layer_sizes(
     scheme = read_quantization_config(checkpoint.config)
     recorded = read_facts(checkpoint.path).get("layers")
     inputs = _recorded_inputs(checkpoint, recorded if isinstance(recorded, dict) else {})
+    flat = {name for name in packed if f"{name}.input_limit" in bytes_of}
+    inputs |= {name: checkpoint.shape(f"{name}.input_limit")[0] for name in flat}
     if not all(layer in inputs for layer in packed):
         inputs |= _skeleton_inputs(checkpoint)
     sizes = []
@@ -148,17 +150,23 @@ def _layer_sizes(
         words, out_features = checkpoint.shape(f"{layer}.weight")[2:0:-1]
         # The last word of a row may be partly used: its padding is stored but is no weight.
         in_features = inputs.get(layer)
-        if in_features is None or -(-in_features // WORD_BITS) != words:
+        fits = in_features is not None and -(-in_features // WORD_BITS) == words
+        if in_features is None or not (fits or layer in flat):
             raise CheckpointError(
                 f"tensor '{layer}.weight' of {checkpoint.path} has {words} words a row, which does "
                 f"not fit the {in_features or 'unknown number of'} inputs that this layer has in "
                 "the model. config.json and the weights do not belong together."
             )
-        stored = sum(n for name, n in bytes_of.items() if name.startswith(f"{layer}.weight"))
+        stored = sum(n for name, n in bytes_of.items() if _is_of(name, layer))
         format = scheme.format_of(layer)
         name = None if format is None else str(format)
         sizes.append(LayerSize(layer, name, out_features, in_features, stored))
     return tuple(sizes)
+
+
+def _is_of(name: str, layer: str) -> bool:
+    """Whether a tensor is the packed weight of a layer or one of its companions."""
+    return name.startswith((f"{layer}.weight", f"{layer}.input_"))
 
 
 def _recorded_inputs(checkpoint: SourceCheckpoint, layers: dict[str, Any]) -> dict[str, int]:

@@ -12,6 +12,7 @@ import torch
 
 from lutra.errors import CheckpointError, SchemeError
 from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
+from lutra.formats.flat import FlatWeight, words_of
 from lutra.formats.grouped import Grouped
 from lutra.scheme import Format, Scheme
 
@@ -67,6 +68,19 @@ def stored_tensor_shapes(
     format: Format, out_features: int, in_features: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each tensor of a quantized layer, by suffix; no weights needed."""
+    if format.kind == "flat":
+        columns = in_features + format.extra
+        flat: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (torch.int32, (1, out_features, words_of(columns, format.bits))),
+            "weight_scale": (torch.float32, (out_features,)),
+            "input_limit": (torch.int32, (in_features,)),
+            "input_source": (torch.int32, (format.extra,)),
+        }
+        if format.static:
+            flat["input_step"] = (torch.float32, (1,))
+        if format.smooth:
+            flat["input_smooth"] = (torch.float32, (in_features,))
+        return flat
     groups = groups_per_row(in_features, format.group_size_for(in_features))
     scale = format.scale_dtype
     scales = format.bits if format.kind == "bcq" else 1
@@ -87,7 +101,7 @@ def stored_tensor_shapes(
 
 def load_layer(
     checkpoint: SourceCheckpoint, layer: str, format: Format, in_features: int
-) -> BitPlanes | Grouped:
+) -> BitPlanes | Grouped | FlatWeight:
     """Read one quantized layer by the full name that it has in the module tree.
 
     Raises:
@@ -117,6 +131,12 @@ def load_layer(
                 f"{format} with {in_features} inputs needs {dtype} {list(wanted)}."
             )
         tensors[suffix] = checkpoint.tensor(name)
+    if format.kind == "flat":
+        return FlatWeight(
+            tensors["weight"], tensors["weight_scale"], tensors["input_limit"],
+            tensors["input_source"], format.bits, in_features, tensors.get("input_step"),
+            tensors.get("input_smooth"),
+        )  # fmt: skip
     group_size = format.group_size_for(in_features)
     if format.kind == "int":
         return Grouped(

@@ -29,6 +29,8 @@ from lutra.formats.checkpoint import (
 )
 from lutra.formats.shard import read_header
 from lutra.nn import QuantizedLinear
+from lutra.nn_flat import FlatLinear
+from lutra.runtime.generation import enable
 from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
 
@@ -85,8 +87,10 @@ class LutraQuantizer(HfQuantizer):
         _own_memory(model)
         join_siblings(model)
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QuantizedLinear | FlatLinear):
                 module.prepare_if_local(model.dtype)
+        if hasattr(model, "generate"):
+            enable(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -99,7 +103,7 @@ class LutraQuantizer(HfQuantizer):
         # A model that was saved passes the dtype's name, as its config then holds it.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QuantizedLinear | FlatLinear):
                 model.set_submodule(name, dense_linear(module, wanted))
         return model
 
@@ -111,7 +115,7 @@ def _own_memory(model: nn.Module) -> None:
     kernel, and a file is unmapped with its last tensor: a norm that stayed would keep all of it.
     """
     mapped = _mapped_files()
-    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear | FlatLinear)]
     left = {_mapping_of(p, mapped) for m in packed for p in m.parameters(recurse=False)} - {None}
     inside = {id(p) for m in packed for n, p in m.named_parameters() if n.startswith("weight")}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -138,14 +142,15 @@ def _mapping_of(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> int | No
     return mapped[place][0] if place >= 0 and address < mapped[place][1] else None
 
 
-def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear:
+def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear | FlatLinear:
     """An empty packed layer of the shape of a dense one (nn.Linear or GPT-2's Conv1D), on meta."""
     weight = module.get_parameter("weight")
     out_features, in_features = weight.shape
     if not isinstance(module, nn.Linear):
         out_features, in_features = in_features, out_features
+    kind = FlatLinear if format.kind == "flat" else QuantizedLinear
     with torch.device("meta"):
-        return QuantizedLinear(
+        return kind(
             in_features,
             out_features,
             format,
@@ -154,9 +159,10 @@ def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear:
         )
 
 
-def dense_linear(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    """The dense layer that a packed one stands for."""
-    weight = layer.bitplanes().unpack(torch.float32).to(dtype)
+def dense_linear(layer: QuantizedLinear | FlatLinear, dtype: torch.dtype) -> nn.Linear:
+    """The dense layer that a packed one stands for; its inputs are no longer quantized."""
+    packed = layer.stored() if isinstance(layer, FlatLinear) else layer.bitplanes()
+    weight = packed.unpack(torch.float32).to(dtype)
     with torch.device("meta"):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -174,7 +180,7 @@ def _stored_names(checkpoint_files: Any) -> set[str]:
     return names
 
 
-def _check_present(name: str, layer: QuantizedLinear, stored: set[str]) -> None:
+def _check_present(name: str, layer: QuantizedLinear | FlatLinear, stored: set[str]) -> None:
     """transformers only warns about a missing tensor and makes one up; for us that is an error."""
     suffixes = stored_tensor_shapes(layer.format, layer.out_features, layer.in_features)
     for suffix in suffixes:

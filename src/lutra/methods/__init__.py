@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from lutra.formats.bitplanes import BitPlanes
 from lutra.formats.grouped import Grouped
 from lutra.scheme import Format
 
-MODULES = ("rtn", "gptq", "awq", "lut_gemm")
+MODULES = ("rtn", "gptq", "awq", "lut_gemm", "flattenquant")
 """Files of this package that define a method, in the order in which they are listed."""
 
 
@@ -114,11 +114,13 @@ class Method:
     Attributes:
         name: as on the command line.
         paper: system and where it was published.
-        needs: statistics that the runner must collect: any of ``hessian``, ``shift``, ``block``.
-        scope: ``layer`` (each linear alone), ``block`` (needs the family's table entry).
+        needs: statistics that the runner must collect: any of ``hessian``, ``shift``, ``block``,
+            ``inputs`` (rows of what each group reads; for methods of scope ``model``).
+        scope: ``layer`` (each linear alone), ``block`` (needs the family's table entry), ``model``
+            (that, and chooses for all blocks together, see :mod:`lutra.runner.model_walk`).
         formats: kinds of format it can produce; the first is the default.
         options: the dataclass of its options, with their defaults.
-        quantize: the function.
+        quantize: the function; of scope ``model`` it solves one group of linears.
     """
 
     name: str
@@ -126,7 +128,7 @@ class Method:
     scope: str
     formats: tuple[str, ...]
     options: type
-    quantize: Callable[[Block, Any], Result]
+    quantize: Callable[..., Any]
     needs: Callable[[Any], frozenset[str]]
 
     @property
@@ -163,6 +165,7 @@ class Method:
         return self.options(**values)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -174,10 +177,10 @@ def method(
     scope: str = "layer",
     formats: tuple[str, ...] = ("ubcq", "int"),
     needs: Callable[[Any], frozenset[str]] = lambda options: frozenset(),
-) -> Callable[[Callable[[Block, Any], Result]], Callable[[Block, Any], Result]]:
+) -> Callable[[F], F]:
     """Register a function as a method. ``needs`` may depend on the options."""
 
-    def register(function: Callable[[Block, Any], Result]) -> Callable[[Block, Any], Result]:
+    def register(function: F) -> F:
         _REGISTRY[name] = Method(name, paper, scope, formats, options, function, needs)
         return function
 

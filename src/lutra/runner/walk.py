@@ -135,7 +135,10 @@ def quantize_checkpoint(
     return_large_blocks()
     checkpoint = SourceCheckpoint.open(src)
     formats = {"blocks": format} | ({"head": head_format} if head_format else {})
-    walk = _Walk(checkpoint, Path(dst), recipe, method, options, formats, torch.device(device))
+    walk_of = _Walk
+    if method.scope == "model":
+        from lutra.runner.model_walk import ModelWalk as walk_of
+    walk = walk_of(checkpoint, Path(dst), recipe, method, options, formats, torch.device(device))
     return walk.run(on_progress)
 
 

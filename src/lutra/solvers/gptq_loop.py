@@ -82,11 +82,12 @@ def inverse_cholesky(hessian_II: Tensor) -> Tensor:
     boost = 1e-8 * matrix.diagonal().mean()
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     while True:
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        # H = R R^T with R upper, from the Cholesky factor of H read backwards; then U = R^-1. This
+        # spares H^-1 and a second factorization, most of the work.
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if torch.isfinite(upper).all():
                 return upper.to(hessian_II.dtype)
         boost = boost * 10
         matrix = matrix + boost * eye
@@ -137,6 +138,43 @@ def quantize_with_feedback(
         weight_IO[stop:] -= upper_II[start:stop, stop:].t() @ error_SO
         levels.append(found)
     return Solution(torch.cat(codes, dim=1), levels, group_size)
+
+
+def round_integers_with_feedback(
+    weight_OI: Tensor, upper_II: Tensor, scale_O: Tensor, limit_I: Tensor, block: int = 128
+) -> Tensor:
+    """The GPTQ loop for integers on one grid per row, with a range of its own for each input.
+
+    The grid is known before the loop, so the error of a block of columns reaches the columns behind
+    it in one product.
+
+    Args:
+        weight_OI: float32 weights; not changed.
+        upper_II: upper U with U^T U = H^-1, see :func:`inverse_cholesky`.
+        scale_O: what an integer of 1 is worth in each row, positive.
+        limit_I: largest integer of each input.
+        block: columns whose feedback is gathered.
+
+    Returns:
+        Integers as float32 ``[out, in]``.
+    """
+    weight_IO = weight_OI.t().clone(memory_format=torch.contiguous_format)
+    integers_IO = torch.empty_like(weight_IO)
+    limits = limit_I.tolist()
+    for start in range(0, len(weight_IO), block):
+        stop = min(start + block, len(weight_IO))
+        part_SO, upper_SS = weight_IO[start:stop], upper_II[start:stop, start:stop]
+        diagonal = upper_SS.diagonal().tolist()
+        error_SO = torch.empty_like(part_SO)
+        for j in range(stop - start):
+            most = limits[start + j]
+            integer_O = (part_SO[j] / scale_O).round_().clamp_(-most, most)
+            integers_IO[start + j] = integer_O
+            torch.sub(part_SO[j], integer_O.mul_(scale_O), out=error_SO[j])
+            error_SO[j] /= diagonal[j]
+            part_SO[j + 1 :].addr_(upper_SS[j, j + 1 :], error_SO[j], alpha=-1)
+        weight_IO[stop:] -= upper_II[start:stop, stop:].t() @ error_SO
+    return integers_IO.t().contiguous()
 
 
 def output_error(weight_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor) -> float:

@@ -170,12 +170,15 @@ def quantize_input(
         ratio_MI = x_MI.abs() / limit_I
         step_M = ratio_MI.amax(1) if x_MI.shape[1] else x_MI.new_zeros(len(x_MI))
         step_M = step_M.clamp_min(SMALLEST_STEP)
+        sound_M = torch.isfinite(step_M)  # the largest of a row is NaN or infinite if any is
     else:
         step_M = step.to(torch.float32).expand(len(x_MI))
-    q_MI = (x_MI / step_M[:, None]).round().clamp(-limit_I, limit_I)
-    sound_M = torch.isfinite(x_MI).all(1)
-    q_MI = torch.where(sound_M[:, None], q_MI, 0.0)
-    return q_MI.to(torch.int32), torch.where(sound_M, step_M, torch.nan)
+        sound_M = torch.isfinite(x_MI).all(1)
+    q_MI = (x_MI / step_M[:, None]).round_().clamp_(-limit_I, limit_I)
+    if not bool(sound_M.all()):
+        q_MI = torch.where(sound_M[:, None], q_MI, 0.0)
+        step_M = torch.where(sound_M, step_M, torch.nan)
+    return q_MI.to(torch.int32), step_M
 
 
 def activation_digits(q_MI: Tensor, lowered: Lowered) -> Tensor:

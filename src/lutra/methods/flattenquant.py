@@ -1,0 +1,637 @@
+"""FlattenQuant: weights and activations in 4 or 8 bits, with few large channels made flat.
+
+Zhang, Yang, Peng, Wang, Pan: "FlattenQuant: Breaking Through the Inference Compute-bound for Large
+Language Models with Per-tensor Quantization" (arXiv 2402.17985). Large channels of a tensor are
+expanded into several small ones, so that one scale serves the whole tensor, and the products are
+computed in integers of 4 or 8 bits; channels are smoothed between activations and weights, and
+GPTQ rounds the weights. The paper's body was not at hand when this was written. So the threshold,
+the way 4 or 8 bits are chosen and all constants here are ours, and none is called the paper's.
+
+For each group of linears that share an input (q, k, v; gate, up):
+
+1. *Smooth*: ``s_k = a_k^alpha / w_k^(1-alpha)``, folded into what comes before where the family has
+   such a place. alpha is the one of a few values with the least error of the output.
+2. *Flatten*: the inputs get the smallest threshold that a budget of columns pays for
+   (:mod:`lutra.transforms.flatten`), the weights as many second digits as pay off; what one side
+   takes the other does not have. Weights beyond their range are clipped, and counted.
+3. *Round*: GPTQ with the Hessian of the quantized inputs. Before it, the weights take up what the
+   rounding of the inputs does on average: ``W~ = W + W (X - X^)^T X^ (X^^T X^)^-1``.
+4. *Choose* 4 or 8 bits for each group: see :func:`decide`.
+
+Steps of activations belong to a token (``static=false``: nothing is ever clipped) or to the tensor
+(``static=true``, the paper's contract: the fastest, clipped at what calibration has seen). Steps of
+weights belong to an output channel; neither changes the integer product.
+
+Shape suffixes: T tokens, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lutra.architectures import (
+    Architecture,
+    FoldSite,
+    expand_scale,
+    reduce_scale,
+)
+from lutra.errors import CalibrationError
+from lutra.formats.flat import FlatWeight, largest_digit
+from lutra.kernels.flat.lowering import quantize_input
+from lutra.methods import Block, check_choice, check_range, method
+from lutra.solvers.gptq_loop import damped, inverse_cholesky, round_integers_with_feedback
+from lutra.transforms.flatten import SCHEMES, column_budget, flatten
+from lutra.transforms.smooth import smoothing_scale
+
+SEARCH_TOKENS, SEARCH_OUTPUTS = 256, 96
+"""Tokens and outputs on which thresholds and alpha are compared."""
+ALPHAS = (0.35, 0.5, 0.6, 0.7, 0.8)
+WEIGHT_RANGES = (1.0, 0.85, 0.72, 0.6, 0.5)
+"""Shares of a row's largest weight that are tried as its range."""
+STATIC_RANGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of the smallest threshold without clipping that are tried for static steps."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``flattenquant``.
+
+    Attributes:
+        growth: columns that may be added, as a share of the inputs, before whole tiles are filled.
+        static: one step for the tensor, from calibration; else each token has its own.
+        budget: how much the perplexity may rise, as a share (0.01 is 1 %); on text that the weights
+            were not fitted to, measured as the KL divergence of the logits.
+        layers: ``mixed`` (chosen within the budget), ``int4`` or ``int8`` (all layers so, whatever
+            it costs).
+        inputs: ``same`` width as the weights, or ``int8``: 4-bit weights meet 8-bit activations,
+            which costs nothing on multipliers that have no 4 bits (Hopper, CPUs). Such layers are
+            not counted as 4-bit multiplies.
+        smooth: ``fold`` (where the layer before can take the scale up) or ``none``.
+        scheme: ``digits`` or ``unary``, how wide channels are paid for.
+        tile: columns are counted in whole tiles of so many.
+        compensate: whether weights answer for the rounding of the inputs.
+        damping: fraction of the mean diagonal added to the Hessian.
+        tokens: calibration tokens whose inputs the weights are fitted to, kept in memory.
+        score_tokens: further tokens, which the weights are not fitted to, for choosing.
+    """
+
+    growth: float = 0.125
+    static: bool = False
+    budget: float = 0.01
+    layers: str = "mixed"
+    inputs: str = "same"
+    smooth: str = "fold"
+    scheme: str = "digits"
+    tile: int = 64
+    compensate: bool = True
+    damping: float = 0.01
+    tokens: int = 8192
+    score_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        name = "flattenquant"
+        check_range(name, "growth", self.growth, 0, 4)
+        check_range(name, "budget", self.budget, 0, 10)
+        check_range(name, "tile", self.tile, 1, 4096)
+        check_range(name, "damping", self.damping, 0)
+        check_range(name, "tokens", self.tokens, 1)
+        check_range(name, "score_tokens", self.score_tokens, 1)
+        check_choice(name, "layers", self.layers, ("mixed", "int4", "int8"))
+        check_choice(name, "inputs", self.inputs, ("same", "int8"))
+        check_choice(name, "smooth", self.smooth, ("fold", "none"))
+        check_choice(name, "scheme", self.scheme, SCHEMES)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder that a group may come to stand on.
+
+    Attributes:
+        name: for people and for the record.
+        bits: width of the weights' digits.
+        input_bits: width of the activations' digits.
+        growth: budget of further columns, as a share.
+        static: whether the step of the activations is fixed.
+    """
+
+    name: str
+    bits: int
+    input_bits: int
+    growth: float
+    static: bool
+
+
+SIXTEEN_BIT = "16 bit"
+
+
+def ladder(options: Options, bits: int) -> list[Rung]:
+    """The steps in the order in which they are tried; behind the last the weights stay as they are.
+
+    Args:
+        options: of the method.
+        bits: 4, or 8 for no 4-bit layers at all.
+    """
+    g, static = options.growth, options.static
+    wide = 8 if options.inputs == "int8" else 4
+    rungs = []
+    if bits == 4 and options.layers != "int8":
+        rungs.append(Rung("int4", 4, wide, g, static))
+        if g > 0 and options.layers == "mixed":
+            rungs.append(Rung("int4 2x growth", 4, wide, 2 * g, static))
+    if options.layers != "int4":
+        rungs.append(Rung("int8", 8, 8, g, static))
+        if static:  # else "int8" has a step for each token already
+            rungs.append(Rung("int8 per token", 8, 8, g, False))
+    return rungs
+
+
+@dataclass
+class Candidate:
+    """A group of linears on one rung.
+
+    Attributes:
+        rung: the rung.
+        weights: packed weights by path, as they stand behind the smoothing.
+        smooth_I: what inputs are divided by, to be folded into what comes before; None if nothing.
+        scale_C: the same at the outputs of the fold site's source.
+        site: the fold site, or None.
+        facts: what is recorded: growth, threshold, alpha, clipped shares, error of the output.
+    """
+
+    rung: Rung
+    weights: dict[str, FlatWeight]
+    smooth_I: Tensor | None
+    scale_C: Tensor | None
+    site: FoldSite | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, path: str, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer computes from inputs that are not smoothed, in float32 or the dtype of x.
+
+        The same numbers as the integer product but for float rounding of the sum.
+        """
+        weight = self.weights[path]
+        x_TI = x.reshape(-1, x.shape[-1]).float()
+        if self.smooth_I is not None:
+            x_TI = x_TI / self.smooth_I
+        q_TI, step_T = quantize_input(x_TI, weight.limit, weight.step)
+        y_TO = (q_TI.float() @ weight.wide().float().T) * (step_T[:, None] * weight.scale)
+        if bias is not None:
+            y_TO = y_TO + bias
+        return y_TO.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+def fold_site_of(group: Sequence[str], architecture: Architecture) -> FoldSite | None:
+    """The fold site whose targets are just this group."""
+    for site in architecture.folds:
+        if set(site.targets) == set(group):
+            return site
+    return None
+
+
+@dataclass
+class _Group:
+    """A group while it is solved: weights, inputs, and what all rungs share."""
+
+    name: str
+    weights: dict[str, Tensor]
+    rows_TI: Tensor
+    site: FoldSite | None
+    shape: Architecture
+    norm_C: Tensor | None  # weight of the norm that a scale would be folded into
+    norm_dtype: torch.dtype | None
+    options: Options
+
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.rows_TI).all():
+            raise CalibrationError(
+                f"the inputs of {self.name} are not finite on the calibration text; nothing can "
+                "be calibrated on them. Is the checkpoint intact?"
+            )
+        self.absmax_I = self.rows_TI.abs().amax(0)
+        self.stacked_OI = torch.cat(list(self.weights.values()))
+        stride = max(1, len(self.rows_TI) // SEARCH_TOKENS)
+        self.few_TI = self.rows_TI[::stride][:SEARCH_TOKENS]
+        stride = max(1, len(self.stacked_OI) // SEARCH_OUTPUTS)
+        self.few_OI = self.stacked_OI[::stride][:SEARCH_OUTPUTS]
+        self.hessian_II = self.rows_TI.T @ self.rows_TI / len(self.rows_TI)
+        self.upper_II = inverse_cholesky(damped(self.hessian_II, self.options.damping))
+        self.signal = float((self.few_TI @ self.few_OI.T).square().sum(1).mean())
+
+    def scales(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """The smoothing scale at the site's source and at the group's inputs.
+
+        What a norm's weight becomes is rounded to the dtype in which it is stored, and the scale is
+        what this rounded weight makes of it, so that the fold is exact.
+        """
+        assert self.site is not None
+        absmax_C = reduce_scale(self.site, self.shape, self.absmax_I)
+        weight_C = reduce_scale(self.site, self.shape, self.stacked_OI.abs().amax(0))
+        scale_C = smoothing_scale(absmax_C, weight_C, alpha)
+        if self.norm_C is not None:
+            assert self.norm_dtype is not None
+            norm_C = self.norm_C.float()
+            rounded_C = (norm_C / scale_C).to(self.norm_dtype).float()
+            exact_C = norm_C / rounded_C
+            scale_C = torch.where((rounded_C != 0) & exact_C.isfinite(), exact_C, 1.0)
+        return scale_C, expand_scale(self.site, self.shape, scale_C)
+
+
+@method(
+    "flattenquant",
+    paper="FlattenQuant, arXiv 2402.17985 (abstract and summaries)",
+    options=Options,
+    scope="model",
+    formats=("flat",),
+    needs=lambda options: frozenset({"inputs"}),
+)
+def solve_group(
+    group: Sequence[str], block: Block, rows_TI: Tensor, options: Options, rungs: Sequence[Rung]
+) -> list[Candidate]:
+    """All rungs of one group.
+
+    Args:
+        group: paths of linears that share their input.
+        block: weights, norms and fold sites.
+        rows_TI: float32 inputs of calibration tokens.
+        options: of the method.
+        rungs: what to try.
+
+    Raises:
+        CalibrationError: the inputs are not finite; names the layer.
+    """
+    shape = replace(block.architecture, transposed=False)
+    site = fold_site_of(group, shape) if options.smooth == "fold" else None
+    norm = None
+    if site is not None and site.source not in block.weights:
+        norm = block.parameters.get(f"{site.source}.weight")
+        if norm is None:
+            site = None  # a norm without a weight takes nothing up
+    shared = _Group(
+        f"{block.name}.{group[0]}", {p: block.weights[p] for p in group}, rows_TI, site, shape,
+        norm, None if norm is None else norm.dtype, options,
+    )  # fmt: skip
+    solved: list[Candidate] = []
+    for rung in rungs:
+        candidate = _solve(shared, rung, solved[-1] if solved else None)
+        solved.append(candidate)
+    return solved
+
+
+@dataclass
+class _Trial:
+    """Ranges at one alpha, and the error of the output that they promise."""
+
+    error: float
+    alpha: float | None
+    scale_C: Tensor | None
+    scale_I: Tensor | None
+    limit_I: Tensor
+    step: float | None
+    weight_pieces_I: Tensor
+    columns: int
+    budget: int
+    threshold: float
+
+
+def _solve(group: _Group, rung: Rung, before: Candidate | None) -> Candidate:
+    options = group.options
+    budget = column_budget(group.stacked_OI.shape[1], rung.growth, options.tile)
+    if before is not None and before.facts["column_budget"] == budget:
+        was = before.rung
+        if (was.bits, was.input_bits, was.static) == (rung.bits, rung.input_bits, rung.static):
+            # A few inputs: more growth is still less than a tile.
+            return replace(before, rung=rung, facts=before.facts | {"rung": rung.name})
+    spare = budget - group.stacked_OI.shape[1]
+    best = _try(group, rung, None, 0, budget)
+    if group.site is not None:
+        for alpha in ALPHAS:
+            trial = _try(group, rung, alpha, 0, budget)
+            best = trial if trial.error < best.error else best
+    for share in (0.25, 0.5):
+        if int(spare * share):
+            trial = _try(group, rung, best.alpha, int(spare * share), budget)
+            best = trial if trial.error < best.error else best
+
+    rows_TI, weight_OI = group.rows_TI, group.stacked_OI
+    if best.scale_I is not None:
+        rows_TI, weight_OI = rows_TI / best.scale_I, weight_OI * best.scale_I
+    step = None if best.step is None else torch.tensor([best.step], device=rows_TI.device)
+    q_TI, step_T = quantize_input(rows_TI, best.limit_I, step)
+    target_OI = weight_OI
+    if rung.input_bits == 8:
+        # Rounding to 8 bits leaves the Hessian as it is, but for a noise that damping covers.
+        upper_II = group.upper_II if best.scale_I is None else group.upper_II * best.scale_I
+    else:
+        seen_TI = q_TI.float() * step_T[:, None]
+        hessian_II = damped(seen_TI.T @ seen_TI / len(seen_TI), options.damping)
+        if options.compensate:
+            # The weights that make the most of rounded inputs: least squares, damped likewise.
+            cross_II = (rows_TI - seen_TI).T @ seen_TI / len(seen_TI)
+            lower_II = torch.linalg.cholesky(hessian_II.double())
+            moment_IO = (weight_OI @ cross_II).T.double()
+            target_OI = weight_OI + torch.cholesky_solve(moment_IO, lower_II).T.float()
+        upper_II = inverse_cholesky(hessian_II)
+    most_I = best.weight_pieces_I * largest_digit(rung.bits)
+    importance_I = upper_II.diagonal().reciprocal().square()
+    scale_O = _row_scales(target_OI, most_I, importance_I)
+    wide_OI = round_integers_with_feedback(target_OI, upper_II, scale_O, most_I)
+    clipped = target_OI.abs() > (most_I + 0.5) * scale_O[:, None]
+
+    few_TI, few_scale = group.few_TI, best.scale_I
+    few_q, few_step = quantize_input(few_TI if few_scale is None else few_TI / few_scale,
+                                     best.limit_I, step)  # fmt: skip
+    outputs_TO = (few_q.float() @ wide_OI.T) * (few_step[:, None] * scale_O)
+    error_TO = outputs_TO - few_TI @ group.stacked_OI.T
+    signal = (few_TI @ group.stacked_OI.T).square().sum()
+
+    packed, start = {}, 0
+    for path, weight in group.weights.items():
+        rows = slice(start, start + len(weight))
+        start += len(weight)
+        packed[path] = FlatWeight.pack(wide_OI[rows], scale_O[rows], best.limit_I, rung.bits, step)
+    narrow = largest_digit(rung.input_bits)
+    facts = {
+        "rung": rung.name,
+        "bits": rung.bits,
+        "input_bits": rung.input_bits,
+        "columns": best.columns,
+        "column_budget": best.budget,
+        "growth": best.columns / len(best.limit_I) - 1,
+        "alpha": best.alpha,
+        "threshold": best.threshold,
+        "wide_channels": int((best.limit_I > narrow).sum()),
+        "wide_weights": int((best.weight_pieces_I > 1).sum()),
+        "clipped_inputs": _share_clipped(rows_TI, best.limit_I, step_T) if rung.static else 0.0,
+        "clipped_weights": float(clipped.float().mean()),
+        "output_error": float(error_TO.square().sum() / signal.clamp_min(1e-30)),
+    }
+    return Candidate(rung, packed, best.scale_I, best.scale_C, group.site, facts)
+
+
+def _try(group: _Group, rung: Rung, alpha: float | None, spent: int, budget: int) -> _Trial:
+    """Ranges of inputs and weights at one alpha, with ``spent`` columns given to weights."""
+    options = group.options
+    scale_C = scale_I = None
+    absmax_I, few_TI, few_OI = group.absmax_I, group.few_TI, group.few_OI
+    importance_I = group.upper_II.diagonal().reciprocal().square()
+    if alpha is not None:
+        scale_C, scale_I = group.scales(alpha)
+        absmax_I, few_TI, few_OI = absmax_I / scale_I, few_TI / scale_I, few_OI * scale_I
+        importance_I = importance_I / scale_I.square()
+    pieces_I = _weight_pieces(few_OI, importance_I, rung.bits, spent)
+    flat = flatten(absmax_I, rung.input_bits, budget, options.scheme, pieces_I)
+    assert flat is not None  # at most half of what there is to spend goes to weights
+    most = largest_digit(rung.input_bits)
+    steps: tuple[float | None, ...] = (None,)
+    if rung.static:
+        base = flat.threshold / most if flat.threshold > 0 else 1.0
+        steps = tuple(base * share for share in STATIC_RANGES)
+    inputs_error, step = math.inf, None
+    for candidate in steps:
+        given = None if candidate is None else torch.tensor([candidate], device=few_TI.device)
+        q_TI, step_T = quantize_input(few_TI, flat.limit_I, given)
+        rounding_TI = q_TI.float() * step_T[:, None] - few_TI
+        error = float((rounding_TI @ few_OI.T).square().sum(1).mean())
+        if error < inputs_error:
+            inputs_error, step = error, candidate
+    most_I = pieces_I * largest_digit(rung.bits)
+    scale_O = _row_scales(few_OI, most_I, importance_I)
+    weights_error = float((_rounding(few_OI, scale_O, most_I).square() @ importance_I).sum())
+    threshold = flat.threshold if step is None else step * most
+    # With m_k digits a channel, what is counted is every pair.
+    return _Trial(
+        inputs_error + weights_error, alpha, scale_C, scale_I, flat.limit_I, step, pieces_I,
+        flat.columns, budget, threshold,
+    )  # fmt: skip
+
+
+def _weight_pieces(weight_OI: Tensor, importance_I: Tensor, bits: int, spent: int) -> Tensor:
+    """Two digits for the ``spent`` channels that clipping would cost most, int64 ``[in]``."""
+    pieces_I = torch.ones(weight_OI.shape[1], dtype=torch.int64, device=weight_OI.device)
+    if not spent:
+        return pieces_I
+    most_I = pieces_I * largest_digit(bits)
+    scale_O = _row_scales(weight_OI, most_I, importance_I)
+    beyond_OI = (weight_OI.abs() - scale_O[:, None] * (most_I + 0.5)).clamp_min(0)
+    # Also what a coarser step costs the others, for the channels that set it.
+    loss_I = beyond_OI.square().sum(0) * importance_I
+    peak_I = (weight_OI.abs() / weight_OI.abs().amax(1, keepdim=True).clamp_min(1e-30)).amax(0)
+    worst = torch.argsort(loss_I + 1e-12 * peak_I, descending=True, stable=True)[:spent]
+    pieces_I[worst] = 2
+    return pieces_I
+
+
+def _row_scales(weight_OI: Tensor, most_I: Tensor, importance_I: Tensor) -> Tensor:
+    """For every row the scale with the least weighted rounding error, float32 ``[out]``."""
+    # Relative to the range of its channel, so a wide channel does not set the scale.
+    largest_O = (weight_OI.abs() / most_I).amax(1)
+    best_O = torch.full_like(largest_O, torch.inf)
+    scale_O = torch.ones_like(largest_O)
+    for share in WEIGHT_RANGES:
+        trial_O = torch.where(largest_O > 0, largest_O * share, 1.0)
+        error_O = _rounding(weight_OI, trial_O, most_I).square() @ importance_I
+        better_O = error_O < best_O
+        best_O = torch.where(better_O, error_O, best_O)
+        scale_O = torch.where(better_O, trial_O, scale_O)
+    return scale_O
+
+
+def _rounding(weight_OI: Tensor, scale_O: Tensor, most_I: Tensor) -> Tensor:
+    integers_OI = (weight_OI / scale_O[:, None]).round()
+    return integers_OI.clamp(-most_I, most_I) * scale_O[:, None] - weight_OI
+
+
+def _share_clipped(x_TI: Tensor, limit_I: Tensor, step_T: Tensor) -> float:
+    return float((x_TI.abs() > (limit_I + 0.5) * step_T[:, None]).float().mean())
+
+
+# ---- which layers get how many bits
+
+
+@dataclass
+class Unit:
+    """A group of linears as :func:`decide` sees it: what each rung costs and loses.
+
+    Attributes:
+        name: of the group's first linear.
+        in_features, out_features: inputs, and outputs of all its linears together.
+        rungs: what :class:`Candidate` recorded for each rung, with ``kl``: the divergence of the
+            logits, in nats, when this group alone stands on that rung.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rungs: list[dict[str, Any]]
+
+    def work(self, rung: int) -> float:
+        """Multiplies for one token in units of an 8-bit multiply; 4 bits take half, 16 bits two."""
+        if rung == len(self.rungs):
+            return 2.0 * self.in_features * self.out_features
+        facts = self.rungs[rung]
+        width = max(facts["bits"], facts["input_bits"]) / 8
+        return width * facts["columns"] * self.out_features
+
+    def stored(self, rung: int) -> float:
+        """Bits of the weights, without scales."""
+        bits = 16 if rung == len(self.rungs) else self.rungs[rung]["bits"]
+        return float(bits * self.in_features * self.out_features)
+
+
+@dataclass
+class Decision:
+    """On which rung each unit stands, and how that came about.
+
+    Attributes:
+        rungs: index of the rung of each unit; the number of its rungs means 16 bit.
+        steps: what was tried, in order, with its score, for the record.
+        score: ``kl`` and ``perplexity_ratio`` of the model as decided.
+        within_budget: whether that keeps the budget.
+    """
+
+    rungs: list[int]
+    steps: list[dict[str, Any]]
+    score: dict[str, float]
+    within_budget: bool
+
+
+Judge = Callable[[Sequence[int]], dict[str, float]]
+"""``(rung of each unit) -> {"kl", "perplexity_ratio"}`` of the whole model on held-out tokens."""
+
+LAST_TRIES = 4
+"""Units behind the last that fitted which are still tried, one by one."""
+
+
+def decide(units: Sequence[Unit], judge: Judge, options: Options) -> Decision:
+    """Choose a rung for every unit so that the whole model keeps the budget.
+
+    All units start at 8 bits. If the model is over budget so, those that lose most go down the
+    ladder until it is not. Then units go to 4 bits in the order of KL divergence per multiply (with
+    ``inputs=int8`` per stored bit) that it saves, as many as the budget pays for; the number is
+    found by bisection on the whole model, not by adding up what each loses alone. Behind it a few
+    more are tried one by one, with twice the growth where once does not do.
+    """
+    limit = math.log1p(options.budget)
+    steps: list[dict[str, Any]] = []
+
+    def fits(rungs: Sequence[int], what: str) -> bool:
+        score = judge(rungs)
+        # The divergence is the steadier of the two; what the text itself says must agree.
+        fitting = max(score["kl"], math.log(score["perplexity_ratio"])) <= limit
+        steps.append({"what": what, **score, "fits": fitting})
+        return fitting
+
+    forced = options.layers != "mixed"
+    eight = [next((i for i, r in enumerate(u.rungs) if r["bits"] == 8), 0) for u in units]
+    if forced:
+        fitting = fits(eight, f"all layers {options.layers}, as asked")
+        return Decision(eight, steps, _score_of(steps[-1]), fitting)
+    rungs = list(eight)
+    fitting = fits(rungs, "all layers int8")
+    while not fitting:
+        movable = [i for i, unit in enumerate(units) if rungs[i] < len(unit.rungs)]
+        if not movable:
+            break
+        movable.sort(key=lambda i: _kl(units[i], rungs[i] + 1) - _kl(units[i], rungs[i]))
+
+        def lower(count: int, start: list[int] = rungs, order: list[int] = movable) -> list[int]:
+            moved = set(order[:count])
+            return [r + (i in moved) for i, r in enumerate(start)]
+
+        count = _least(1, len(movable), lambda n: fits(lower(n), f"{n} units one rung lower"))
+        rungs, fitting = lower(count or len(movable)), count is not None
+    if not fitting:
+        return Decision(rungs, steps, _score_of(steps[-1]), False)
+
+    cost = Unit.stored if options.inputs == "int8" else Unit.work
+
+    def price(i: int, rung: int) -> float:
+        saved = cost(units[i], rungs[i]) - cost(units[i], rung)
+        return (_kl(units[i], rung) - _kl(units[i], rungs[i])) / saved
+
+    order = [
+        i for i, unit in enumerate(units)
+        if unit.rungs and unit.rungs[0]["bits"] == 4 and rungs[i] < len(unit.rungs)
+    ]  # fmt: skip
+    order.sort(key=lambda i: price(i, 0))
+
+    def narrow(count: int) -> list[int]:
+        chosen = set(order[:count])
+        return [0 if i in chosen else r for i, r in enumerate(rungs)]
+
+    first_not = _least(1, len(order), lambda n: not fits(narrow(n), f"{n} units int4"))
+    count = len(order) if first_not is None else first_not - 1
+    final = narrow(count)
+    for i in order[count : count + LAST_TRIES]:
+        four_bit = [k for k, r in enumerate(units[i].rungs) if r["bits"] == 4]
+        # The first behind the last is known not to fit at the first rung.
+        for rung in four_bit[1:] if i == order[count] else four_bit:
+            trial = [*final[:i], rung, *final[i + 1 :]]
+            if fits(trial, f"{units[i].name} {units[i].rungs[rung]['rung']}"):
+                final = trial
+                break
+    accepted = judge(final)
+    return Decision(final, steps, accepted, True)
+
+
+def shares(units: Sequence[Unit], rungs: Sequence[int]) -> dict[str, float]:
+    """How much of the model is 4 bit: by multiplies (growth counted, and not), layers and weights.
+
+    A multiply counts as 4 bit if both of its sides are.
+    """
+
+    def share(value: Callable[[Unit, int], float], four_bit: Callable[[Unit, int], bool]) -> float:
+        total = sum(value(u, r) for u, r in zip(units, rungs, strict=True))
+        four = sum(value(u, r) for u, r in zip(units, rungs, strict=True) if four_bit(u, r))
+        return four / total if total else 0.0
+
+    def width(unit: Unit, rung: int, key: str) -> int:
+        return 16 if rung == len(unit.rungs) else int(unit.rungs[rung][key])
+
+    def multiplies_four(unit: Unit, rung: int) -> bool:
+        return width(unit, rung, "bits") == width(unit, rung, "input_bits") == 4
+
+    def grown(unit: Unit, rung: int) -> float:
+        at_all = rung < len(unit.rungs)
+        columns = unit.rungs[rung]["columns"] if at_all else unit.in_features
+        return float(columns * unit.out_features)
+
+    def plain(unit: Unit, rung: int) -> float:
+        return float(unit.in_features * unit.out_features)
+
+    def in_weights(unit: Unit, rung: int) -> bool:
+        return width(unit, rung, "bits") == 4
+
+    return {
+        "int4_multiplies": share(plain, multiplies_four),
+        "int4_multiplies_with_growth": share(grown, multiplies_four),
+        "int4_groups": share(lambda u, r: 1.0, multiplies_four),
+        "int4_weights": share(plain, in_weights),
+    }
+
+
+def _kl(unit: Unit, rung: int) -> float:
+    return 0.0 if rung == len(unit.rungs) else float(unit.rungs[rung]["kl"])
+
+
+def _score_of(step: dict[str, Any]) -> dict[str, float]:
+    return {key: step[key] for key in ("kl", "perplexity_ratio")}
+
+
+def _least(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The least number in ``[low, high]`` for which a monotone predicate holds, or None."""
+    found = None
+    while low <= high:
+        middle = (low + high) // 2
+        if holds(middle):
+            found, high = middle, middle - 1
+        else:
+            low = middle + 1
+    return found
