@@ -124,3 +124,22 @@ def test_restore_is_exact(level: str, uniform: bool, scales: torch.dtype) -> Non
         for name, tensor in weight.tensors().items():
             restored = back.tensors()[name]
             assert torch.equal(tensor, restored) and tensor.dtype == restored.dtype
+
+
+def test_joint_preparation_is_that_of_the_rows_together(level: str) -> None:
+    kernel = cpu.CpuKernel(False)
+    for rows in ((64, 128, 64), (128, 40), (64, 17), (48, 64)):
+        for uniform in (False, True):
+            weights = [random_weight(n, 200, 3, 64, uniform) for n in rows]
+            whole = BitPlanes(
+                torch.cat([w.planes for w in weights], 1),
+                torch.cat([w.scale for w in weights], 1),
+                torch.cat([w.offset for w in weights]),
+                200,
+                64,
+            )
+            spec = spec_of(whole, torch.float32)
+            joint = kernel.prepare_joint(weights, spec)
+            for part, expected in zip(joint, kernel.prepare(whole, spec), strict=True):
+                assert torch.equal(part, expected)
+            assert torch.equal(kernel.restore(joint, spec).planes, whole.planes)

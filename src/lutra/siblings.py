@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,18 +94,11 @@ class Siblings:
         for layer in layers:
             layer.release()
         weights = [layer.bitplanes() for layer in layers]
-        whole = BitPlanes(
-            torch.cat([w.planes for w in weights], dim=1),
-            torch.cat([w.scale for w in weights], dim=1),
-            torch.cat([w.offset for w in weights]),
-            weights[0].in_features,
-            weights[0].group_size,
-        )
         rows = [w.out_features for w in weights]
         self._ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-        self.spec = LinearSpec.of(whole, dtype)
+        self.spec = replace(LinearSpec.of(weights[0], dtype), out_features=sum(rows))
         self.choice = choose(self.spec)
-        self.prepared = self.choice.kernel.prepare(whole, self.spec)
+        self.prepared = self.choice.kernel.prepare_joint(weights, self.spec)
         self.bias = None
         biases = [layer.bias for layer in layers]
         if all(bias is not None for bias in biases):

@@ -67,6 +67,18 @@ class Kernel(ABC):
     def prepare(self, weight: BitPlanes, spec: LinearSpec) -> list[Tensor]:
         """Tensors in the kernel's own layout, of about the size of the stored ones."""
 
+    def prepare_joint(self, weights: Sequence[BitPlanes], spec: LinearSpec) -> list[Tensor]:
+        """:meth:`prepare` for the rows of several weights, one weight's after the other's.
+
+        Args:
+            spec: of all of them together.
+        """
+        planes = torch.cat([w.planes for w in weights], dim=1)
+        scale = torch.cat([w.scale for w in weights], dim=1)
+        offset = torch.cat([w.offset for w in weights])
+        whole = BitPlanes(planes, scale, offset, spec.in_features, spec.group_size)
+        return self.prepare(whole, spec)
+
     @abstractmethod
     def restore(self, prepared: list[Tensor], spec: LinearSpec) -> BitPlanes:
         """Inverse of :meth:`prepare`, bit for bit, so that a loaded model can be saved again."""

@@ -20,7 +20,8 @@ stored dtype, permuted for the instruction set in use and padded to whole tiles 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,7 @@ from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
 from lutra.kernels.dispatch import Kernel, LinearSpec
 
 TILE_ROWS = 16
+BLOCK_ROWS = 64  # whole blocks of every level's layout
 ACTIVATIONS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # codes of kernels.h
 LONGEST = 2**31 - 1  # the kernels index features and rows with 32 bits
 
@@ -229,9 +231,8 @@ def _decoded_pieces(layer: tuple[Any, ...], dtype: torch.dtype) -> Iterator[tupl
     """Dense rows of a weight, piece by piece ``(first row, [rows, in])``, in the same memory."""
     out_features, in_features = layer[5:7]
     columns = words_per_row(in_features) * 32
-    block = 64  # whole blocks of every level's layout
-    step = max(block, DECODED_BYTES // (columns * dtype.itemsize) // block * block)
-    step = min(step, -(-out_features // block) * block)
+    step = max(BLOCK_ROWS, DECODED_BYTES // (columns * dtype.itemsize) // BLOCK_ROWS * BLOCK_ROWS)
+    step = min(step, -(-out_features // BLOCK_ROWS) * BLOCK_ROWS)
     piece = torch.empty((step, columns), dtype=dtype, device="cpu")
     threads = torch.get_num_threads()
     for start in range(0, out_features, step):
@@ -336,24 +337,39 @@ class CpuKernel(Kernel):
         Raises:
             KernelError: scales or offsets are not float16, bfloat16 or float32.
         """
-        for name, tensor in (("scales", weight.scale), ("offsets", weight.offset)):
+        return self._prepare([weight], spec)
+
+    def prepare_joint(self, weights: Sequence[BitPlanes], spec: LinearSpec) -> list[Tensor]:
+        """As :meth:`prepare`; weights of whole blocks of rows need not be put together before."""
+        whole_blocks = all(w.out_features % BLOCK_ROWS == 0 for w in weights[:-1])
+        dtypes = {(w.scale.dtype, w.offset.dtype) for w in weights}
+        if whole_blocks and len(dtypes) == 1:
+            return self._prepare(weights, spec)
+        return super().prepare_joint(weights, spec)
+
+    def _prepare(self, weights: Sequence[BitPlanes], spec: LinearSpec) -> list[Tensor]:
+        """Blocks of rows are outermost in the layout, so weights of whole blocks just follow."""
+        for name, tensor in (("scales", weights[0].scale), ("offsets", weights[0].offset)):
             if tensor.dtype not in ACTIVATIONS:
                 raise KernelError(
                     f"the CPU kernel takes float16, bfloat16 or float32 {name}, not "
                     f"{tensor.dtype}; store them as one of these"
                 )
-        rows, groups = padded_rows(spec.out_features), weight.offset.shape[1]
-        sizes = (
-            rows * words_per_row(spec.in_features) * spec.bits,
-            rows * groups * weight.scale.shape[0],
-            rows * groups,
-        )
-        stored = [t.contiguous() for t in (weight.planes, weight.scale, weight.offset)]
-        prepared = _allocate(sizes, [t.dtype for t in stored])
-        threads = torch.get_num_threads()
-        native().prepare(
-            *self._layer(prepared, spec), *(t.data_ptr() for t in stored), threads
-        )
+        groups, scales = weights[0].offset.shape[1], weights[0].scale.shape[0]
+        per_row = (words_per_row(spec.in_features) * spec.bits, groups * scales, groups)
+        rows = padded_rows(spec.out_features)
+        first = weights[0]
+        dtypes = [t.dtype for t in (first.planes, first.scale, first.offset)]
+        prepared = _allocate((rows * per_row[0], rows * per_row[1], rows * per_row[2]), dtypes)
+        row, threads = 0, torch.get_num_threads()
+        for weight in weights:
+            stored = [t.contiguous() for t in (weight.planes, weight.scale, weight.offset)]
+            part = [t[row * n :] for t, n in zip(prepared, per_row, strict=True)]
+            part_spec = replace(spec, out_features=weight.out_features)
+            native().prepare(
+                *self._layer(part, part_spec), *(t.data_ptr() for t in stored), threads
+            )
+            row += weight.out_features
         return prepared
 
     def restore(self, prepared: list[Tensor], spec: LinearSpec) -> BitPlanes:
