@@ -64,7 +64,12 @@ def quantize(
 
 
 def load(
-    folder: str | Path, *, bits: int | None = None, device: str = "cpu", dtype: str | None = None
+    folder: str | Path,
+    *,
+    bits: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """A checkpoint as a transformers model, ready to generate, and its tokenizer.
 
@@ -74,17 +79,27 @@ def load(
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU for small
             models, else the checkpoint's own.
+        tensor_parallel: cut the model over the processes that torchrun has started; each gets its
+            part, and all call it together.
 
     Raises:
         CheckpointError: the folder is damaged or not a checkpoint.
-        SchemeError: the file does not serve ``bits``.
+        SchemeError: the file does not serve ``bits``, or the model can not be cut over so many
+            processes.
+        ResourceError: it does not fit, or there are no processes to cut it over.
     """
     from lutra.evaluate.load import choose_dtype, load_model, load_tokenizer, open_checkpoint, serve
     from lutra.evaluate.size import measure_size
 
     checkpoint = open_checkpoint(folder)
     torch_dtype, _ = choose_dtype(dtype, measure_size(checkpoint.path).parameters, device)
-    model = load_model(checkpoint, device, torch_dtype)
+    if tensor_parallel:
+        from lutra.integrations.tensor_parallel import load_parallel, start
+
+        start()
+        model = load_parallel(checkpoint.path, device, torch_dtype)
+    else:
+        model = load_model(checkpoint, device, torch_dtype)
     if bits is not None:
         serve(model, bits, folder)
     return model, load_tokenizer(checkpoint)

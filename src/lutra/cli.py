@@ -51,6 +51,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
 ServedBits = Annotated[
     int | None, typer.Option("--bits", help="Lower precision of a file that serves several.")
 ]
+TensorParallel = Annotated[
+    bool,
+    typer.Option("--tensor-parallel", help="Cut the model over the processes of torchrun."),
+]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; chosen by model and device.")
 ]
@@ -214,6 +218,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from this share of probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    tensor_parallel: TensorParallel = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -227,8 +232,11 @@ def generate(
 
     result = run(
         model, prompt, max_new_tokens, bits=bits, device=device, dtype=dtype,
-        temperature=temperature, top_p=top_p, seed=seed, stream=None if as_json else show,
+        temperature=temperature, top_p=top_p, seed=seed, tensor_parallel=tensor_parallel,
+        stream=None if as_json or _is_helper() else show,
     )  # fmt: skip
+    if _is_helper():
+        return
     if as_json:
         _print_json(result)
         return
@@ -254,9 +262,12 @@ def inspect(
     if as_json:
         _print_json(result)
         return
-    head = ("layer", "format", "bits per weight") + (("kernel", "reason") if kernels else ())
-    keys = ("name", "format", "bits_per_weight") + (("kernel", "reason") if kernels else ())
-    _table(head, [tuple(_number(layer[k]) for k in keys) for layer in result["layers"]])
+    chosen = any("rung" in layer for layer in result["layers"])
+    more = ("growth", "threshold", "clipped_inputs", "clipped_weights", "kl", "kernel")
+    keys = ("name", "format", "bits_per_weight") + (("rung", *more) if chosen else ())
+    keys += tuple(k for k in ("kernel", "reason") if kernels and k not in keys)
+    head = ("layer", *(k.replace("_", " ") for k in keys[1:]))
+    _table(head, [tuple(_number(layer.get(k)) for k in keys) for layer in result["layers"]])
     if kernels:
         programs: dict[tuple[str, ...], list[str]] = {}
         for layer in result["layers"]:
@@ -362,6 +373,28 @@ def plan(
             _say(f"{kind_of}: {line}")
 
 
+@app.command()
+def outliers(
+    src: Annotated[str, typer.Argument(help="Folder or hub id of a checkpoint.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    kinds: Annotated[str, typer.Option(help="norms, up, twins; by comma.")] = "norms",
+    share: Annotated[float, typer.Option(help="Share of the channels.")] = 0.01,
+    low: Annotated[float, typer.Option(help="Least factor.")] = 20.0,
+    high: Annotated[float, typer.Option(help="Largest factor.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Which channels, and how large.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Copy a checkpoint and give it outlier channels without changing what it computes."""
+    from lutra.outliers import inject_outliers
+
+    names = [kind for kind in kinds.split(",") if kind]
+    done = inject_outliers(src, dst, names, share=share, low=low, high=high, seed=seed)
+    if as_json:
+        _print_json(done)
+        return
+    _say(f"{dst}: {', '.join(names)} in {len(done['blocks'])} blocks; it computes what {src} does")
+
+
 bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -421,6 +454,7 @@ def bench_model(
         bool, typer.Option("--profile", help="Say where the time of a token goes.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the profile into this file.")] = None,
+    tensor_parallel: TensorParallel = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     as_json: Json = False,
@@ -432,8 +466,11 @@ def bench_model(
         model, bits=bits, group_size=group_size, kind=kind, head_bits=head_bits,
         prompt_len=_integers("--prompt-len", prompt_len, 1), new_tokens=new_tokens,
         batch=_integers("--batch", batch, 1), layers=layers, repeats=repeats, threads=threads,
-        profile=profile or plot is not None, device=device, dtype=dtype,
+        profile=profile or plot is not None, tensor_parallel=tensor_parallel, device=device,
+        dtype=dtype,
     )  # fmt: skip
+    if tensor_parallel and _is_helper():
+        return
     if plot is not None:
         from lutra.bench.profile import plot as draw
 
@@ -444,8 +481,8 @@ def bench_model(
     keys = ("ms_per_token", "ttft_ms", "tokens_per_second", "memory_gb", "gbps", "read_limit_gbps")
     _table(("measure", model), [(k.replace("_", " "), _number(result[k])) for k in keys])
     if "rows" in result:
-        keys = ("prompt_len", "batch", *(k for k in keys if k != "read_limit_gbps"))
-        _table(keys, [tuple(_number(row[k]) for k in keys) for row in result["rows"]])
+        columns = ("prompt_len", "batch", *(k for k in keys if k != "read_limit_gbps"))
+        _table(columns, [tuple(_number(row[k]) for k in columns) for row in result["rows"]])
     if "profile" in result:
         found = result["profile"]
         token = found["token_us"]
@@ -546,6 +583,11 @@ def _shapes(text: str) -> list[tuple[int, int]]:
 
 
 # ---- what is shown
+
+
+def _is_helper() -> bool:
+    """Whether this is one of several processes, and another one speaks."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _programs(batches: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:

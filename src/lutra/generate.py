@@ -28,6 +28,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    tensor_parallel: bool = False,
     stream: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt.
@@ -43,6 +44,7 @@ def generate(
         temperature: 0 takes the most likely token each time; above, tokens are drawn.
         top_p: draw from the smallest set of tokens that has this probability in all.
         seed: of the drawing.
+        tensor_parallel: cut the model over the processes that torchrun has started.
         stream: called with each piece of text as soon as it is known.
 
     Returns:
@@ -71,7 +73,15 @@ def generate(
     if prompt_tokens == 0:
         raise LutraError("the tokenizer makes no tokens of this prompt. Give some more text.")
     torch_dtype, _ = choose_dtype(dtype, measure_size(checkpoint.path).parameters, device)
-    model = load_model(checkpoint, device, torch_dtype)
+    if tensor_parallel:
+        from lutra.integrations.tensor_parallel import load_parallel, start
+
+        start()
+        if torch.device(device).type == "cuda":
+            device = f"cuda:{torch.cuda.current_device()}"
+        model = load_parallel(checkpoint.path, device, torch_dtype)
+    else:
+        model = load_model(checkpoint, device, torch_dtype)
     if bits is not None:
         serve(model, bits, checkpoint.path)
     positions = positions_of(model.config)

@@ -32,6 +32,7 @@ from lutra.evaluate.load import choose_dtype, load_model, open_checkpoint
 from lutra.evaluate.measure import device_name, versions
 from lutra.evaluate.perplexity import positions_of
 from lutra.evaluate.size import measure_size
+from lutra.integrations.tensor_parallel import Sum, start
 from lutra.nn import QuantizedLinear
 from lutra.runtime.generation import enable, why_not_recorded
 from lutra.runtime.step import DecodeStep, capacity_for
@@ -56,6 +57,7 @@ def bench_model(
     repeats: int = 3,
     threads: int | None = None,
     profile: bool = False,
+    tensor_parallel: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure one model, for every length of the prompt and batch size asked for.
@@ -75,6 +77,8 @@ def bench_model(
         repeats: runs after one that warms up; medians are reported.
         threads: of the CPU; by default torch's.
         profile: also say where the time of a token goes.
+        tensor_parallel: cut the model over the processes that torchrun has started; ``memory_gb``,
+            ``gbps`` and ``weight_bytes_per_token`` are those of one of them.
         seed: of random weights and prompt.
 
     Returns:
@@ -84,9 +88,9 @@ def bench_model(
         process's peak while generating; of a GPU, its allocator's peak), ``gbps``,
         ``read_limit_gbps``, ``weight_bytes_per_token``, ``kernels`` (layers by kernel), and what
         was run: ``model``, ``format``, ``layers`` (used and in all), ``dtype``, ``prompt_len``,
-        ``new_tokens``, ``batch``, ``repeats``, ``threads``, ``device``, ``versions``. Where several
-        lengths or batches were asked for, these are of the first, and ``rows`` has all. With
-        ``profile``, ``profile`` has what :mod:`lutra.bench.profile` returns.
+        ``new_tokens``, ``batch``, ``repeats``, ``threads``, ``ranks``, ``device``, ``versions``.
+        Where several lengths or batches were asked for, these are of the first, and ``rows`` has
+        all. With ``profile``, ``profile`` has what :mod:`lutra.bench.profile` returns.
 
     Raises:
         SchemeError: an unknown shape, or an option that can not work.
@@ -104,10 +108,16 @@ def bench_model(
             raise SchemeError(f"{name} must be at least 1, not {min(values, default=None)}")
     if threads is not None:
         torch.set_num_threads(threads)
+    total = None
+    if tensor_parallel:
+        start()
+        total = Sum()
+        if torch.device(device).type == "cuda":
+            device = f"cuda:{torch.cuda.current_device()}"
     torch.manual_seed(seed)
     try:
         model, name, shown, all_layers = _model(
-            path_or_shape, bits, group_size, kind, head_bits, device, dtype, layers
+            path_or_shape, bits, group_size, kind, head_bits, device, dtype, layers, total
         )
         positions = positions_of(model.config)
         longest = max(prompts) + new_tokens
@@ -122,6 +132,8 @@ def bench_model(
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.prepare_if_local(embedding.dtype)
+        if total is not None:
+            total.use_direct(embedding.dtype, embedding.device, 64 * model.config.hidden_size)
         rows = []
         for length in prompts:
             for sequences in batches:
@@ -158,6 +170,7 @@ def bench_model(
         "batch": batches[0],
         "repeats": repeats,
         "threads": torch.get_num_threads(),
+        "ranks": torch.distributed.get_world_size(total.group) if total is not None else 1,
         "device": device_name(device),
         "versions": versions(),
     }
@@ -170,18 +183,20 @@ def bench_model(
 
 def _model(
     path_or_shape: str | Path, bits: int, group_size: int, kind: str, head_bits: int, device: str,
-    dtype: str | None, layers: int | None,
+    dtype: str | None, layers: int | None, total: Sum | None,
 ) -> tuple[Any, str, str, int]:  # fmt: skip
     """The model, its name, its formats for people, and how many blocks the whole has."""
     if str(path_or_shape) in SHAPES and not Path(path_or_shape).exists():
         name = str(path_or_shape)
         format = None if bits == 16 else Format(kind, bits, group_size)
         head = None if head_bits == 16 else Format(kind, head_bits, group_size)
-        model, all_layers = _random_model(name, format, device, dtype, layers, head)
+        model, all_layers = _random_model(name, format, device, dtype, layers, head, total)
         shown = "dense" if format is None else str(format)
         if head is not None:
             shown += f", head {head}"
         return enable(model), name, shown, all_layers
+    if total is not None:
+        raise SchemeError(f"--tensor-parallel measures shapes: {', '.join(SHAPES)}")
     model, all_layers = _load(path_or_shape, device, dtype, layers)
     formats = {str(m.format) for m in model.modules() if isinstance(m, QuantizedLinear)}
     shown = ", ".join(sorted(formats)) or "dense"

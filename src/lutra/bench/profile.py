@@ -48,7 +48,7 @@ def profile_gpu(token: Callable[[], object], device: torch.device, repeats: int 
         ``token_us``, ``parts`` (``{part: microseconds}``, gaps among them), ``share_not_linear``
         and ``kernels`` (``name``, ``part``, ``calls``, ``us``, largest first), all per token.
     """
-    from torch.autograd.profiler_util import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     token()

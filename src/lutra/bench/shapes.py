@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lutra.errors import SchemeError
 from lutra.evaluate.load import choose_dtype
+from lutra.integrations.tensor_parallel import Sum, check_degree, cut_blocks, new_buffers
 from lutra.nn import QuantizedLinear
-from lutra.scheme import Format
+from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
 
 
@@ -80,6 +81,7 @@ def random_model(
     dtype: str | None,
     layers: int | None,
     head_format: Format | None = None,
+    exchange: Sum | None = None,
 ) -> tuple[Any, int]:
     """A model of a named shape with random weights, packed ones built as such.
 
@@ -89,6 +91,8 @@ def random_model(
         device, dtype: where, and the dtype of what is not quantized.
         layers: keep only so many blocks.
         head_format: of the head; None leaves it dense.
+        exchange: sums over the ranks, each of which makes its part of the model; None for one
+            process.
 
     Returns:
         The model and the number of blocks of the whole shape.
@@ -114,6 +118,13 @@ def random_model(
         chosen, _ = choose_dtype(dtype, parameters, device)
         own = torch.float16 if family == "opt" else torch.bfloat16
         model.to(own if isinstance(chosen, str) else chosen)
+        if exchange is not None:
+            stem = next(name for name, module in model.named_modules() if module is blocks) + "."
+            ranks = torch.distributed.get_world_size(exchange.group)
+            rules = () if format is None else ((f"{stem}*", format),)
+            check_degree(config, Scheme(rules), ranks)
+            rank = torch.distributed.get_rank(exchange.group)
+            cut_blocks(model, Scheme(rules).format_of, rank, ranks, exchange)
         for block in blocks:
             for name, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear) and format is not None:
@@ -123,9 +134,7 @@ def random_model(
             config.tie_word_embeddings = False
     model.to_empty(device=device)
     model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if name.endswith("rotary_emb"):  # its tables are no parameters: computed anew
-            model.set_submodule(name, type(module)(config=config).to(device))
+    new_buffers(model, config, torch.device(device))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fill(name, parameter, config.hidden_size)

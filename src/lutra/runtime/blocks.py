@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lutra.kernels.cuda.token_step import (
     AttentionShape,
-    Workspace,
     activation,
     add_norm,
     attention,
@@ -74,7 +73,6 @@ class FusedBlocks:
         blocks, norm = _parts(model)
         shapes = {_attention_shape(block) for block in blocks}
         (shape,) = shapes
-        self._workspace = Workspace(shape, batch, cache.capacity, start.device)
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = [
             (block, self._forward_of(block, shape)) for block in blocks
         ]
@@ -128,7 +126,7 @@ class FusedBlocks:
                 rotary = (cosine, sine)
             mixed = attention(
                 joint_product(projections, x), layer.keys, layer.values, self.cache.position,
-                self.start, shape, self._workspace, rotary, norms,
+                self.start, shape, rotary, norms,
             )  # fmt: skip
             total, x = self._norm(second, Unsummed(total, output(mixed)))
             return Unsummed(total, mlp(x))

@@ -159,7 +159,7 @@ class DecodeStep:
             restore()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._one()
         self._graph = graph
         restore()

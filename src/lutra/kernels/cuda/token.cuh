@@ -9,6 +9,7 @@ DEVICE float rounded(float f) { return x_to_float(float_to_x(f)); }
 
 union Eight { uint4 words; u16 values[8]; };
 
+// Sum over a block; `shared`, a float per warp, is for this call alone.
 DEVICE float block_sum(float v, float* shared) {
   for (int s = 16; s; s >>= 1) v += __shfl_xor_sync(~0u, v, s);
   const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
@@ -16,6 +17,5 @@ DEVICE float block_sum(float v, float* shared) {
   __syncthreads();
   float sum = 0.f;
   for (int w = 0; w < warps; w++) sum += shared[w];
-  __syncthreads();
   return sum;
 }

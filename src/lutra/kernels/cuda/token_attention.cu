@@ -2,14 +2,14 @@
 //
 //   qkv     [batch][(heads + 2 kv_heads) * HEAD_DIM]   queries, keys, values of the new token
 //   keys    [batch][kv_heads][capacity][HEAD_DIM]      and values: the cache; row `position` is written
-//   partial [batch][heads][splits][HEAD_DIM + 2] float, counters [batch][kv_heads] zeros, left zero
 //
-// A block serves the QUERIES heads of one key head for a part of the positions start .. position; how
-// many parts there are depends on how many positions there are. The last block to finish adds the
-// parts up, in their order, so results do not depend on timing. Grid: (splits, kv_heads, batch).
-// Block: 128 threads; HEAD_DIM / 8 lanes share a row.
+// A block serves the QUERIES heads of one key head for a part of the positions start .. position. The
+// blocks of a cluster have the parts of one key head and read each other's sums from shared memory, in
+// the order of the parts, so results do not depend on timing. Grid: (parts, kv_heads, batch), clusters
+// of all parts. Block: WARPS * 32 threads; HEAD_DIM / 8 lanes share a row.
+//
 // Compile-time parameters: HEAD_DIM 64|128|256, QUERIES (heads that share a key head, at most 8),
-// ROTARY 0|1, HEAD_NORM 0|1.
+// WARPS, ROTARY 0|1, HEAD_NORM 0|1.
 
 #include "token.cuh"
 
@@ -23,17 +23,34 @@ struct AttentionArguments {
   u16* values;
   const long long* position;
   const int* start;       // first position of each sequence; what is before is padding
-  float* partial;
-  u32* counters;
   u16* y;                 // [batch][heads * HEAD_DIM]
   int rotary_stride;
   int kv_heads, capacity;
   float scale, epsilon;
 };
 
-constexpr int LANES = HEAD_DIM / 8, ROWS = 32 / LANES, WARPS = 4, UNROLL = 4;
+constexpr int LANES = HEAD_DIM / 8, ROWS = 32 / LANES, UNROLL = 4;
 constexpr int STEP = WARPS * ROWS * UNROLL;   // positions that a block has in flight
-constexpr int PART = HEAD_DIM + 2;
+constexpr int PART = HEAD_DIM + 2;            // sums of values, largest score, sum of weights
+constexpr float NOTHING = -1e30f;
+
+DEVICE void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// A float of the same shared variable in another block of the cluster.
+DEVICE float of_block(const float* mine, int block) {
+#if __CUDA_ARCH__ >= 900
+  u32 address;
+  float value;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(block));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+#else
+  return *mine;
+#endif
+}
 
 // The lane's 8 values of a head of the new token, normed and turned as transformers does it.
 DEVICE void head_values(const AttentionArguments& p, const u16* head, const u16* weight, int lane,
@@ -78,62 +95,71 @@ DEVICE void head_values(const AttentionArguments& p, const u16* head, const u16*
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
 token_attention(const __grid_constant__ AttentionArguments p) {
-  __shared__ float part[WARPS][QUERIES][PART];
-  __shared__ bool is_last;
-  const int split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z;
+  __shared__ float of_warp[WARPS][QUERIES][PART];
+  __shared__ float of_part[QUERIES][PART];
+  __shared__ __align__(16) u16 fresh[2][HEAD_DIM];   // key and value of the new token
+  const int split = blockIdx.x, parts = gridDim.x, kv_head = blockIdx.y, batch = blockIdx.z;
   const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) / LANES, lane = threadIdx.x % LANES;
+  const long long cache = ((long long)batch * p.kv_heads + kv_head) * p.capacity * HEAD_DIM;
+  u16* keys = p.keys + cache + lane * 8;
+  u16* values = p.values + cache + lane * 8;
+  const int heads = p.kv_heads * QUERIES;
+  const u16* token = p.qkv + (long long)batch * (heads + 2 * p.kv_heads) * HEAD_DIM;
   let_next_kernel_start();
   wait_for_previous_kernel();
   const int position = (int)*p.position, first = p.start[batch], count = position + 1 - first;
-  const int parts = min((int)gridDim.x, (count + 31) / 32);
-  if (split >= parts) return;
   const int length = ((count + parts - 1) / parts + 7) / 8 * 8;
-  const int begin = first + split * length, end = min(begin + length, position + 1);
-  const int heads = p.kv_heads * QUERIES;
-  const u16* token = p.qkv + (long long)batch * (heads + 2 * p.kv_heads) * HEAD_DIM;
-  const long long cache = ((long long)batch * p.kv_heads + kv_head) * p.capacity * HEAD_DIM;
-  u16* keys = p.keys + cache;
-  u16* values = p.values + cache;
+  const int begin = min(first + split * length, position + 1), end = min(begin + length, position + 1);
 
-  if (begin <= position && position < end) {   // this block's part has the new token
-    if (warp == 0) {
-      float k[8];
-      head_values(p, token + (heads + kv_head) * HEAD_DIM, p.key_norm, lane, batch, k);
-      if (row == 0) {
-        Eight out;
+  Eight k[UNROLL], v[UNROLL];
+  const auto fetch = [&](int at) {   // rows of the cache; the new token's is not there yet
 #pragma unroll
-        for (int j = 0; j < 8; j++) out.values[j] = float_to_x(k[j]);
-        *(uint4*)(keys + (long long)position * HEAD_DIM + lane * 8) = out.words;
+    for (int u = 0; u < UNROLL; u++) {
+      const int t = at + (u * WARPS + warp) * ROWS + row;
+      k[u].words = v[u].words = make_uint4(0, 0, 0, 0);
+      if (t < end && t < position) {
+        k[u].words = *(const uint4*)(keys + (long long)t * HEAD_DIM);
+        v[u].words = *(const uint4*)(values + (long long)t * HEAD_DIM);
       }
-    } else if (warp == 1 && row == 0) {
-      *(uint4*)(values + (long long)position * HEAD_DIM + lane * 8) =
-          *(const uint4*)(token + (heads + p.kv_heads + kv_head) * HEAD_DIM + lane * 8);
     }
-  }
+  };
+  fetch(begin);
   float q[QUERIES][8], sum[QUERIES][8], largest[QUERIES], total[QUERIES];
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {
     head_values(p, token + (kv_head * QUERIES + g) * HEAD_DIM, p.query_norm, lane, batch, q[g]);
-    largest[g] = -1e30f;
+    largest[g] = NOTHING;
     total[g] = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; j++) sum[g][j] = 0.f, q[g][j] *= p.scale;
   }
-  __syncthreads();
+  if (begin <= position && position < end) {   // this part has the new token
+    if (warp == 0) {
+      float turned[8];
+      head_values(p, token + (heads + kv_head) * HEAD_DIM, p.key_norm, lane, batch, turned);
+      Eight out;
+#pragma unroll
+      for (int j = 0; j < 8; j++) out.values[j] = float_to_x(turned[j]);
+      if (row == 0) {
+        *(uint4*)(fresh[0] + lane * 8) = out.words;
+        *(uint4*)(keys + (long long)position * HEAD_DIM) = out.words;
+      }
+    } else if (warp == 1 && row == 0) {
+      const uint4 out = *(const uint4*)(token + (heads + p.kv_heads + kv_head) * HEAD_DIM + lane * 8);
+      *(uint4*)(fresh[1] + lane * 8) = out;
+      *(uint4*)(values + (long long)position * HEAD_DIM) = out;
+    }
+    __syncthreads();
+  }
   for (int at = begin; at < end; at += STEP) {
-    Eight k[UNROLL], v[UNROLL];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      const int t = min(at + (u * WARPS + warp) * ROWS + row, end - 1);
-      k[u].words = *(const uint4*)(keys + (long long)t * HEAD_DIM + lane * 8);
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      const int t = min(at + (u * WARPS + warp) * ROWS + row, end - 1);
-      v[u].words = *(const uint4*)(values + (long long)t * HEAD_DIM + lane * 8);
-    }
+    for (int u = 0; u < UNROLL; u++)
+      if (at + (u * WARPS + warp) * ROWS + row == position && position < end) {
+        k[u].words = *(const uint4*)(fresh[0] + lane * 8);
+        v[u].words = *(const uint4*)(fresh[1] + lane * 8);
+      }
 #pragma unroll
     for (int g = 0; g < QUERIES; g++) {
       float score[UNROLL], top = largest[g];
@@ -143,8 +169,7 @@ token_attention(const __grid_constant__ AttentionArguments p) {
 #pragma unroll
         for (int j = 0; j < 8; j++) dot += q[g][j] * x_to_float(k[u].values[j]);
         for (int s = LANES / 2; s; s >>= 1) dot += __shfl_xor_sync(~0u, dot, s);
-        const bool inside = at + (u * WARPS + warp) * ROWS + row < end;
-        score[u] = inside ? dot : -1e30f;
+        score[u] = at + (u * WARPS + warp) * ROWS + row < end ? dot : NOTHING;
         top = fmaxf(top, score[u]);
       }
       const float keep = __expf(largest[g] - top);
@@ -154,14 +179,15 @@ token_attention(const __grid_constant__ AttentionArguments p) {
       for (int j = 0; j < 8; j++) sum[g][j] *= keep;
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) {
-        const float weight = score[u] > -1e29f ? __expf(score[u] - top) : 0.f;
+        const float weight = score[u] > NOTHING ? __expf(score[u] - top) : 0.f;
         total[g] += weight;
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[g][j] += weight * x_to_float(v[u].values[j]);
       }
     }
+    if (at + STEP < end) fetch(at + STEP);
   }
-  // The rows of a warp, then the warps of the block.
+  // The rows of a warp, the warps of a block, the blocks of a cluster.
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {
     for (int s = LANES; s < 32; s <<= 1) {
@@ -178,50 +204,51 @@ token_attention(const __grid_constant__ AttentionArguments p) {
     }
     if (row == 0) {
 #pragma unroll
-      for (int j = 0; j < 8; j++) part[warp][g][lane * 8 + j] = sum[g][j];
-      if (lane == 0) part[warp][g][HEAD_DIM] = largest[g], part[warp][g][HEAD_DIM + 1] = total[g];
+      for (int j = 0; j < 8; j++) of_warp[warp][g][lane * 8 + j] = sum[g][j];
+      if (lane == 0) of_warp[warp][g][HEAD_DIM] = largest[g], of_warp[warp][g][HEAD_DIM + 1] = total[g];
     }
   }
   __syncthreads();
-  const int pair = batch * p.kv_heads + kv_head;
-  const long long head = (long long)pair * QUERIES;
-  for (int i = threadIdx.x; i < QUERIES * HEAD_DIM; i += 128) {
+  u16* y = p.y + ((long long)batch * p.kv_heads + kv_head) * QUERIES * HEAD_DIM;
+  for (int i = threadIdx.x; i < QUERIES * HEAD_DIM; i += WARPS * 32) {
     const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-    float top = -1e30f, all = 0.f, value = 0.f;
-    for (int w = 0; w < WARPS; w++) top = fmaxf(top, part[w][g][HEAD_DIM]);
+    float top = NOTHING, all = 0.f, value = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, of_warp[w][g][HEAD_DIM]);
+#pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      const float keep = __expf(part[w][g][HEAD_DIM] - top);
-      all += keep * part[w][g][HEAD_DIM + 1];
-      value += keep * part[w][g][d];
+      const float keep = __expf(of_warp[w][g][HEAD_DIM] - top);
+      all += keep * of_warp[w][g][HEAD_DIM + 1];
+      value += keep * of_warp[w][g][d];
     }
     if (parts == 1) {
-      p.y[head * HEAD_DIM + i] = float_to_x(value / all);
+      y[i] = float_to_x(value / all);
     } else {
-      float* mine = p.partial + ((head + g) * gridDim.x + split) * PART;
-      mine[d] = value;
-      if (d == 0) mine[HEAD_DIM] = top, mine[HEAD_DIM + 1] = all;
+      of_part[g][d] = value;
+      if (d == 0) of_part[g][HEAD_DIM] = top, of_part[g][HEAD_DIM + 1] = all;
     }
   }
   if (parts == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(p.counters + pair, 1u) == (u32)parts - 1;
-  __syncthreads();
-  if (!is_last) return;
-  if (threadIdx.x == 0) p.counters[pair] = 0;
-  __threadfence();
-  for (int i = threadIdx.x; i < QUERIES * HEAD_DIM; i += 128) {
+  meet_cluster();
+  for (int i = split * WARPS * 32 + threadIdx.x; i < QUERIES * HEAD_DIM; i += parts * WARPS * 32) {
     const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-    const volatile float* theirs = p.partial + (head + g) * gridDim.x * PART;
-    float top = -1e30f, all = 0.f, value = 0.f;
-#pragma unroll 4
-    for (int s = 0; s < parts; s++) top = fmaxf(top, theirs[s * PART + HEAD_DIM]);
-#pragma unroll 4
-    for (int s = 0; s < parts; s++) {
-      const float keep = __expf(theirs[s * PART + HEAD_DIM] - top);
-      all += keep * theirs[s * PART + HEAD_DIM + 1];
-      value += keep * theirs[s * PART + d];
+    float tops[8], alls[8], sums[8], top = NOTHING, all = 0.f, value = 0.f;
+#pragma unroll
+    for (int s = 0; s < 8; s++) {
+      const int block = min(s, parts - 1);
+      tops[s] = of_block(&of_part[g][HEAD_DIM], block);
+      alls[s] = of_block(&of_part[g][HEAD_DIM + 1], block);
+      sums[s] = of_block(&of_part[g][d], block);
+      top = fmaxf(top, tops[s]);
     }
-    p.y[head * HEAD_DIM + i] = float_to_x(value / all);
+#pragma unroll
+    for (int s = 0; s < 8; s++) {
+      if (s >= parts) break;
+      const float keep = __expf(tops[s] - top);
+      all += keep * alls[s];
+      value += keep * sums[s];
+    }
+    y[i] = float_to_x(value / all);
   }
+  meet_cluster();   // nobody leaves while others read its memory
 }

@@ -17,7 +17,7 @@ struct NormArguments {
 
 extern "C" __global__ void __launch_bounds__(512)
 token_norm(const __grid_constant__ NormArguments p) {
-  __shared__ float shared[16];
+  __shared__ float shared[2][16];
   const long long row = (long long)blockIdx.x * p.features;
   Eight weight[VECTORS], bias[VECTORS];
   float h[VECTORS * 8];
@@ -55,7 +55,7 @@ token_norm(const __grid_constant__ NormArguments p) {
     }
     if (p.delta && i < p.features) *(uint4*)(p.sum + row + i) = a.words;
   }
-  total = block_sum(total, shared);
+  total = block_sum(total, shared[0]);
   float mean = 0.f;
   if (LAYER_NORM) {
     mean = total / p.features;
@@ -68,7 +68,7 @@ token_norm(const __grid_constant__ NormArguments p) {
           const float d = h[v * 8 + j] - mean;
           squares += d * d;
         }
-    total = block_sum(squares, shared);
+    total = block_sum(squares, shared[1]);
   }
   const float scale = rsqrtf(total / p.features + p.epsilon);
 #pragma unroll

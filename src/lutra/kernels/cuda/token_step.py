@@ -52,8 +52,6 @@ class _AttentionArguments(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("position", ctypes.c_void_p),
         ("start", ctypes.c_void_p),
-        ("partial", ctypes.c_void_p),
-        ("counters", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("rotary_stride", ctypes.c_int),
         ("kv_heads", ctypes.c_int),
@@ -102,24 +100,19 @@ def unsupported(
     return None
 
 
-class Workspace:
-    """Scratch memory of attention, used by one layer after another.
+def parts_of(shape: AttentionShape, batch: int, capacity: int, device: torch.device) -> int:
+    """Into how many parts the positions of a sequence are cut: about two blocks a processor.
 
-    Args:
-        splits: most parts into which the positions of a sequence are cut.
+    Parts meet in a cluster of at most eight blocks; cards before Hopper have none.
     """
-
-    def __init__(
-        self, shape: AttentionShape, batch: int, capacity: int, device: torch.device
-    ) -> None:
-        pairs = batch * shape.kv_heads
-        processors = 132
-        if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.splits = max(1, min(-(-4 * processors // pairs), -(-capacity // 32), 64))
-        size = batch * shape.heads * self.splits * (shape.head_dim + 2) if self.splits > 1 else 1
-        self.partial = torch.empty(size, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(pairs, dtype=torch.int32, device=device)
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 9:
+        return 1
+    wanted = 2 * properties.multi_processor_count / (batch * shape.kv_heads)
+    parts = 1
+    while parts < min(wanted, 8) and parts * 64 <= capacity:
+        parts *= 2
+    return parts
 
 
 def add_norm(
@@ -175,7 +168,6 @@ def attention(
     position: Tensor,
     start: Tensor,
     shape: AttentionShape,
-    workspace: Workspace,
     rotary: tuple[Tensor, Tensor] | None = None,
     norms: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -187,7 +179,6 @@ def attention(
             written.
         position: int64 ``[1]``, where the new token stands.
         start: int32 ``[batch]``, where each sequence begins; what lies before is padding.
-        workspace: scratch memory for this shape.
         rotary: cosines and sines ``[batch or 1, head_dim]`` of the new token.
         norms: weights ``[head_dim]`` of the RMS norms of queries and of keys.
 
@@ -199,9 +190,11 @@ def attention(
     qkv = qkv.contiguous()
     batch = qkv.shape[0]
     y = qkv.new_empty(batch, shape.heads * shape.head_dim)
+    large = shape.queries * (shape.head_dim + 2) > 1100  # shared memory holds four warps' sums
+    warps = 4 if large or keys.shape[2] <= 1024 else 8
     kernel = _function(
         "token_attention", qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries,
-        ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
+        WARPS=warps, ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
     )  # fmt: skip
     cosine, sine = (t.contiguous() for t in rotary) if rotary is not None else (None, None)
     stride = 0 if cosine is None or cosine.shape[0] == 1 else shape.head_dim
@@ -209,10 +202,10 @@ def attention(
     arguments = _AttentionArguments(
         qkv.data_ptr(), _pointer(cosine), _pointer(sine), _pointer(query_norm), _pointer(key_norm),
         keys.data_ptr(), values.data_ptr(), position.data_ptr(), start.data_ptr(),
-        workspace.partial.data_ptr(), workspace.counters.data_ptr(), y.data_ptr(), stride,
-        shape.kv_heads, keys.shape[2], shape.scale, shape.epsilon,
+        y.data_ptr(), stride, shape.kv_heads, keys.shape[2], shape.scale, shape.epsilon,
     )  # fmt: skip
-    kernel(arguments, (workspace.splits, shape.kv_heads, batch), 128)
+    parts = parts_of(shape, batch, keys.shape[2], qkv.device)
+    kernel(arguments, (parts, shape.kv_heads, batch), 32 * warps, parts)
     return y
 
 
