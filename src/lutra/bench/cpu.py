@@ -72,8 +72,12 @@ class Candidate:
 
 
 def run(
-    shapes: Sequence[tuple[int, int]], batches: Sequence[int], bits: Sequence[int],
-    group_sizes: Sequence[int], threads: int = 1, peers: str | Sequence[str] = "all",
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    bits: Sequence[int],
+    group_sizes: Sequence[int],
+    threads: int = 1,
+    peers: str | Sequence[str] = "all",
 ) -> dict[str, Any]:
     """Measure; see :func:`lutra.bench.kernel.run` and the module's docstring.
 
@@ -134,8 +138,13 @@ def _clock(threads: int) -> Callable[[], float]:
 
 
 def _one_shape(
-    shape: tuple[int, int], batch: int, bits: Sequence[int], group_sizes: Sequence[int],
-    threads: int, makers: list[Callable[..., Iterator[Candidate]]], memory: Stream,
+    shape: tuple[int, int],
+    batch: int,
+    bits: Sequence[int],
+    group_sizes: Sequence[int],
+    threads: int,
+    makers: list[Callable[..., Iterator[Candidate]]],
+    memory: Stream,
 ) -> list[dict[str, Any]]:
     out_features, in_features = shape
     x_MI = torch.randn(batch, in_features, generator=torch.Generator().manual_seed(0))
@@ -149,11 +158,16 @@ def _one_shape(
                 candidates += maker(shape, x_MI, group, threads, copies)
             except Exception as error:  # a peer that fails must not lose the others' rows
                 logger.warning(
-                    "%s does not run %dx%d, group %d: %s: %s", maker.__name__.strip("_"),
-                    out_features, in_features, group, type(error).__name__, error,
+                    "%s does not run %dx%d, group %d: %s: %s",
+                    maker.__name__.strip("_"),
+                    out_features,
+                    in_features,
+                    group,
+                    type(error).__name__,
+                    error,
                 )
     rows = []
-    timed = _time(candidates, threads, memory)
+    timed = time_candidates(candidates, threads, memory)
     for candidate, (median, best, limit) in zip(candidates, timed, strict=True):
         gbps = candidate.bytes / median / 1e9
         rows.append({
@@ -168,18 +182,17 @@ def _one_shape(
     return rows
 
 
-def _time(
-    candidates: list[Candidate], threads: int, memory: Stream
+def time_candidates(
+    candidates: list[Candidate], threads: int, memory: Stream, seconds: float | None = None
 ) -> list[tuple[float, float, float]]:
     """Per candidate: median and best seconds per product, and the read limit in GB/s meanwhile."""
+    seconds = SECONDS if seconds is None else seconds
     clock = _clock(threads)
     used: list[list[float]] = [[] for _ in candidates]
     best = [math.inf] * len(candidates)
     streams: list[list[float]] = [[] for _ in candidates]
     start, round_ = time.perf_counter(), 0
-    while round_ < MIN_ROUNDS or (
-        time.perf_counter() - start < SECONDS and round_ < MAX_ROUNDS
-    ):
+    while round_ < MIN_ROUNDS or (time.perf_counter() - start < seconds and round_ < MAX_ROUNDS):
         for i, candidate in enumerate(candidates):
             first = round_ * TURN_CALLS
             if threads > 1:
@@ -251,8 +264,11 @@ def _ours(
     offset = torch.randn((out_features, groups), generator=rng) * 0.05
     weight = BitPlanes(words, scale.half(), offset.half(), in_features, group)
     checked = BitPlanes(
-        words[:, :CHECKED_ROWS].contiguous(), weight.scale[:, :CHECKED_ROWS].contiguous(),
-        weight.offset[:CHECKED_ROWS].contiguous(), in_features, group,
+        words[:, :CHECKED_ROWS].contiguous(),
+        weight.scale[:, :CHECKED_ROWS].contiguous(),
+        weight.offset[:CHECKED_ROWS].contiguous(),
+        in_features,
+        group,
     ).unpack(torch.float64)
     stored = sum(t.numel() * t.element_size() for t in weight.tensors().values())
     spec = LinearSpec(
@@ -290,8 +306,12 @@ def _torch_int4pack(
     )
     error = relative_error(op(x, packed, group, both), x, dense)
     yield Candidate(
-        "torch-int4pack", 4, group, stored,
-        [partial(op, x, p, group, s) for p, s in weights], error=error,
+        "torch-int4pack",
+        4,
+        group,
+        stored,
+        [partial(op, x, p, group, s) for p, s in weights],
+        error=error,
     )
 
 
@@ -299,6 +319,7 @@ def _onnxruntime(
     shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     import numpy as np
+
     onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
     proto, helper = onnx.TensorProto, importlib.import_module("onnx.helper")
     out_features, in_features = shape
@@ -317,28 +338,39 @@ def _onnxruntime(
         for i in range(count):
             constants += [
                 proto(
-                    name=f"B{i}", data_type=proto.UINT8, dims=packed.shape,
+                    name=f"B{i}",
+                    data_type=proto.UINT8,
+                    dims=packed.shape,
                     raw_data=np.roll(packed, i, 0).tobytes(),
                 ),
                 proto(
-                    name=f"S{i}", data_type=proto.FLOAT, dims=scale.shape,
+                    name=f"S{i}",
+                    data_type=proto.FLOAT,
+                    dims=scale.shape,
                     raw_data=scale.tobytes(),
                 ),
             ]
             # accuracy_level 4: int8 activations, its fast path; level 0 is a hundred times slower.
             nodes.append(
                 helper.make_node(
-                    "MatMulNBits", ["X", f"B{i}", f"S{i}"], [f"Y{i}"], domain="com.microsoft",
-                    K=in_features, N=out_features, bits=bits, block_size=group, accuracy_level=4,
+                    "MatMulNBits",
+                    ["X", f"B{i}", f"S{i}"],
+                    [f"Y{i}"],
+                    domain="com.microsoft",
+                    K=in_features,
+                    N=out_features,
+                    bits=bits,
+                    block_size=group,
+                    accuracy_level=4,
                 )
             )
-            outputs.append(
-                helper.make_tensor_value_info(f"Y{i}", proto.FLOAT, ["M", out_features])
-            )
+            outputs.append(helper.make_tensor_value_info(f"Y{i}", proto.FLOAT, ["M", out_features]))
         graph = helper.make_graph(
-            nodes, "products",
+            nodes,
+            "products",
             [helper.make_tensor_value_info("X", proto.FLOAT, ["M", in_features])],
-            outputs, constants,
+            outputs,
+            constants,
         )
         domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=domains)
@@ -363,8 +395,13 @@ def _onnxruntime(
         steps = np.repeat(scale.reshape(out_features, blocks)[:CHECKED_ROWS], group, 1)
         error = relative_error(torch.from_numpy(results[0]), x_MI, torch.from_numpy(codes * steps))
         yield Candidate(
-            "onnxruntime", bits, group, stored,
-            [partial(session.run_with_iobinding, binding)], products=count, error=error,
+            "onnxruntime",
+            bits,
+            group,
+            stored,
+            [partial(session.run_with_iobinding, binding)],
+            products=count,
+            error=error,
             holds=(x, results),
         )
 
@@ -373,6 +410,7 @@ def _openvino(
     shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     import numpy as np
+
     ov = importlib.import_module("openvino")
     op = importlib.import_module("openvino.opset13")
     out_features, in_features = shape
@@ -397,17 +435,24 @@ def _openvino(
             flat = op.reshape(w, np.array(shape, np.int64), False)
             results.append(op.result(op.matmul(x, op.convert(flat, "f32"), False, True)))
         config = {
-            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32", "ENABLE_CPU_PINNING": False,
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": "1",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "ENABLE_CPU_PINNING": False,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32",
         }
         compiled = ov.Core().compile_model(ov.Model(results, [x], "products"), "CPU", config)
         request = compiled.create_infer_request()
         request.set_input_tensor(ov.Tensor(x_MI.numpy()))
         yield Candidate(
-            "openvino", bits, group, stored,
+            "openvino",
+            bits,
+            group,
+            stored,
             [partial(request.infer, share_outputs=True)],
-            products=len(results), holds=kept,
+            products=len(results),
+            holds=kept,
         )
 
 
@@ -442,7 +487,11 @@ def _auto_round_lib(
             scale.T[:CHECKED_ROWS].double().repeat_interleave(group, 1)
         )
         yield Candidate(
-            "auto-round-lib", bits, group, stored, [partial(multiply, p) for p in weights],
+            "auto-round-lib",
+            bits,
+            group,
+            stored,
+            [partial(multiply, p) for p in weights],
             error=relative_error(multiply(packed), x_MI, dense),
         )
 

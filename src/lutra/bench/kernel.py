@@ -16,6 +16,7 @@ def run(
     group_sizes: Sequence[int] = (128,),
     threads: int = 1,
     peers: str | Sequence[str] = "all",
+    kind: str = "planes",
 ) -> dict[str, Any]:
     """Measure the kernels of ``device``.
 
@@ -23,24 +24,31 @@ def run(
         device: ``cpu``, or a CUDA device (``cuda``, ``cuda:1``).
         shapes: ``(out_features, in_features)``.
         batches: rows of activations.
-        bits: planes of our weights.
-        group_sizes: inputs per group; -1 for one group per row.
+        bits: planes of our weights, or of flattened layers 4 and 8.
+        group_sizes: inputs per group; -1 for one group per row. Not for flattened layers.
         threads: CPU threads (CPU only).
         peers: ``all``, ``none`` or names of other implementations.
+        kind: ``planes``, or ``flat`` for flattened layers (8-bit integer products).
 
     Returns:
         ``read_limit_gbps`` and ``rows``, each with ``implementation, shape, batch, bits, group, us,
         gbps, speedup_vs_dense, relative_error``.
 
     Raises:
-        KernelError: a device that there is no bench for.
+        KernelError: a device or kind that there is no bench for.
     """
-    kind = device.split(":")[0]
-    if kind == "cpu":
+    family = device.split(":")[0]
+    if kind not in ("planes", "flat"):
+        raise KernelError(f"no kernel bench of kind {kind!r}; there are planes and flat")
+    if family == "cpu":
+        if kind == "flat":
+            from lutra.bench import flat_cpu
+
+            return flat_cpu.run(shapes, batches, bits, threads, peers)
         from lutra.bench import cpu
 
         return cpu.run(shapes, batches, bits, group_sizes, threads, peers)
-    if kind == "cuda":
+    if family == "cuda":
         import torch
 
         from lutra.bench import cuda
@@ -48,5 +56,9 @@ def run(
         names = peers.split(",") if isinstance(peers, str) else list(peers)
         wanted = True if "all" in names else [n for n in names if n and n != "none"]
         with torch.cuda.device(device):
+            if kind == "flat":
+                from lutra.bench import flat_cuda
+
+                return flat_cuda.run(shapes, batches, bits, wanted)
             return cuda.run(shapes, batches, bits, group_sizes, wanted)
     raise KernelError(f"no kernel bench for device {device!r}; there are cpu and cuda")

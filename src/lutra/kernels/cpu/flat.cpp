@@ -3,8 +3,8 @@
 #include "flat.h"
 
 #include <cstring>
-#include <memory>
 
+#include "memory.h"
 #include "pool.h"
 
 namespace lutra {
@@ -25,17 +25,25 @@ void parallel(int items, int threads, F& f) {
       items, threads, [](void* c, int item, int thread) { (*(F*)c)(item, thread); }, &f);
 }
 
-// Memory of one call, kept by the thread that calls.
+// Memory of one call, kept by the thread that calls; on huge pages, as tiles are read all over it.
 struct Scratch {
-  std::unique_ptr<unsigned char[]> memory;
+  unsigned char* memory = nullptr;
   size_t size = 0;
+
+  ~Scratch() { release(); }
+
+  void release() {
+    if (memory) free_weight(memory);
+    memory = nullptr, size = 0;
+  }
 
   unsigned char* get(size_t bytes) {
     if (bytes > size) {
-      memory.reset(new unsigned char[bytes + 64]);
+      release();
+      memory = (unsigned char*)allocate_weight(bytes);
       size = bytes;
     }
-    return memory.get() + (64 - (uintptr_t)memory.get() % 64) % 64;
+    return memory;
   }
 };
 thread_local Scratch scratch;
@@ -47,7 +55,7 @@ size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 // cache for all outputs of an item, as do the sums, and two tiles of weights in the first.
 constexpr int kBatch = 512;
 constexpr int kItemTiles = 16;
-constexpr int kSlab = 16;
+constexpr int kSlab = 24;
 // Below this many numbers another hand-over to the pool costs more than it saves.
 constexpr int kWorthSharing = 16 * 1024;
 
@@ -78,7 +86,6 @@ struct Call {
     const int tiles = (rows + height - 1) / height;
     const int team = (long long)rows * input.in < kWorthSharing ? 1 : threads;
     auto work = [&](int item, int thread) {
-      float* row = own + padded((size_t)input.in * 4) / 4 * thread;
       const int tile = item / height, r = item % height;
       int8_t* dst = a + a_step() * tile + (size_t)r * kFlatColumns;
       if (item >= rows) {
@@ -86,16 +93,22 @@ struct Call {
           memset(dst, 0, kFlatColumns);
         return;
       }
-      base().load(x + (size_t)item * x_stride * size_of(dtype), dtype, input.in, row);
-      level.isa->quantize(input, row, dst, height, steps + item, sums + item);
+      const unsigned char* from = x + (size_t)item * x_stride * size_of(dtype);
+      float* room = own + padded((size_t)input.in * 4) / 4 * thread;
+      const float* row = (const float*)from;
+      if (dtype != F32) {
+        base().load(from, dtype, input.in, room);
+        row = room;
+      }
+      level.isa->quantize(input, row, room, dst, height, steps + item, sums + item);
     };
     parallel(tiles * height, team, work);
   }
 
-  // n outputs from `output` on of one row.
-  void write(int row, int output, int n, const int32_t* c, float* numbers) const {
+  // n outputs from `output` on of one row, their sums in runs of 16.
+  void write(int row, int output, int n, const int32_t* c, size_t c_step, float* numbers) const {
     const int32_t excess = (int32_t)((uint32_t)sums[row] << (w.bits - 1));
-    level.isa->finish(c, excess, steps[row], w.scale + output, n, numbers);
+    level.isa->finish(c, c_step, excess, steps[row], w.scale + output, n, numbers);
     base().store(numbers, bias ? bias + output : nullptr, n, dtype,
                  y + ((size_t)row * w.out + output) * size_of(dtype));
   }
@@ -121,7 +134,7 @@ struct Call {
                               n, c);
           for (int i = 0; i < n; i++)
             write(row + i, first * 16, least(count * 16, w.out - first * 16),
-                  c + i * kFlatMaxTiles * 16, numbers);
+                  c + i * kFlatMaxTiles * 16, 16, numbers);
         }
     };
     parallel(groups * splits, threads, work);
@@ -136,7 +149,7 @@ struct Call {
       uint8_t* unpacked = own + thread_bytes * thread;
       int32_t* c = (int32_t*)(unpacked + 2 * kSlab * kTile);
       const int first = item * item_tiles, count = least(item_tiles, tiles - first);
-      const size_t pair_sums = (size_t)row_tiles * 512;  // of two tiles of outputs
+      const size_t c_step = (size_t)count * 256;  // from tile to tile of rows
       unit.begin();
       for (int from = 0, to; from < depth; from = to) {
         to = least(from + kSlab, from < high ? high : depth);
@@ -149,25 +162,16 @@ struct Call {
               unit.unpack(b + i * b_step, to - from, unpacked + i * kSlab * kTile);
             b = unpacked, b_step = kSlab * kTile;
           }
-          int32_t* sums_of_pair = c + t / 2 * pair_sums;
-          unit.multiply(sums_of_pair, a + (size_t)from * kTile, a_step(), row_tiles, b, b_step, pair,
-                        to - from, from > 0);
-          if (to == high) unit.raise(sums_of_pair, (size_t)row_tiles * pair * 256);
+          unit.multiply(c + t * 256, c_step, a + (size_t)from * kTile, a_step(), row_tiles, b, b_step,
+                        pair, to - from, from > 0);
         }
+        if (to == high) unit.raise(c, row_tiles * c_step);
       }
       unit.end();
-      alignas(64) int32_t line[kItemTiles * 16];
       alignas(64) float numbers[kItemTiles * 16];
-      const int outputs = least(count * 16, w.out - first * 16);
-      for (int row = 0; row < rows; row++) {
-        for (int t = 0; t < count; t++) {
-          const int pair = least(2, count - t / 2 * 2);
-          memcpy(line + t * 16,
-                 c + t / 2 * pair_sums + ((size_t)(row / 16) * pair + t % 2) * 256 + row % 16 * 16,
-                 64);
-        }
-        write(row, first * 16, outputs, line, numbers);
-      }
+      for (int row = 0; row < rows; row++)
+        write(row, first * 16, least(count * 16, w.out - first * 16),
+              c + row / 16 * c_step + row % 16 * 16, 256, numbers);
     };
     parallel((tiles + item_tiles - 1) / item_tiles, threads, work);
   }

@@ -68,27 +68,29 @@ struct FlatIsa {
   const char* name;
   const Isa* const* base;  // for reading and writing rows of other dtypes
   int rows, tiles;         // `multiply` is fastest with so many
-  // One row x (in * float, changed if there is `smooth`) to row 0 of a tile of activations at `dst`;
-  // its step, and the sum of its columns, high ones 255 times. A row with NaN or infinity has columns
+  // One row x (in * float) to row 0 of a tile of activations at `dst`, divided by `smooth` in `own`
+  // (in * float, may be x) if there is that; its step, and the sum of its columns, high ones 255 times. A row with NaN or infinity has columns
   // 0 and a step of NaN.
-  void (*quantize)(const FlatInput& input, float* x, int8_t* dst, int height, float* step,
-                   int32_t* sum);
+  void (*quantize)(const FlatInput& input, const float* x, float* own, int8_t* dst, int height,
+                   float* step, int32_t* sum);
   // c[row][kFlatMaxTiles * 16] = products of rows 0 <= row < `rows` of activations with tiles [tile,
   // tile + tiles) of the weight, as stored.
   void (*multiply)(const FlatWeight& w, int tile, int tiles, const int8_t* a, int height, int rows,
                    int32_t* c);
-  // y[i] = float(c[i] - excess) * (step * scale[i]).
-  void (*finish)(const int32_t* c, int32_t excess, float step, const float* scale, int n, float* y);
+  // y[i] = float(sum i - excess) * (step * scale[i]); sums in runs of 16, `c_step` numbers apart.
+  void (*finish)(const int32_t* c, size_t c_step, int32_t excess, float step, const float* scale,
+                 int n, float* y);
 };
 
 // A matrix unit: c += or = a b, for tiles of 16 rows and 16 outputs.
 struct FlatMatrix {
   void (*begin)();
   void (*end)();
-  // c: [a_tiles][b_tiles]{16 x 16}; a: [a_tiles] `a_step` bytes apart, each [depth]{16}{64};
-  // b: [b_tiles] `b_step` bytes apart, each [depth]{16}{64}, unsigned; b_tiles 1 or 2.
-  void (*multiply)(int32_t* c, const int8_t* a, size_t a_step, int a_tiles, const uint8_t* b,
-                   size_t b_step, int b_tiles, int depth, bool add);
+  // c: [a_tiles] `c_step` numbers apart, each [b_tiles]{16 x 16}; a: [a_tiles] `a_step` bytes apart,
+  // each [depth]{16}{64}; b: [b_tiles] `b_step` bytes apart, each [depth]{16}{64}, unsigned; b_tiles
+  // 1 or 2. Beyond the end of each up to 1 KiB may be prefetched.
+  void (*multiply)(int32_t* c, size_t c_step, const int8_t* a, size_t a_step, int a_tiles,
+                   const uint8_t* b, size_t b_step, int b_tiles, int depth, bool add);
   // `tiles` tiles of 4 bits to 8.
   void (*unpack)(const uint8_t* packed, int tiles, uint8_t* dst);
   // c *= 255.

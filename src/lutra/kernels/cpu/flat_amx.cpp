@@ -24,14 +24,22 @@ void end() { _tile_release(); }
 constexpr int kTile = 1024;     // bytes
 constexpr int kSums = 16 * 16;
 
+// The tile of the next step into the first-level cache. The prefetchers of the hardware do not follow
+// tile loads far enough: with this the loop is some 1.5 times as fast where another thread of the core
+// takes half of the caches, and as fast where none does.
+inline __attribute__((always_inline)) void prefetch(const void* tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) _mm_prefetch((const char*)tile + kTile + i * 64, _MM_HINT_T0);
+}
+
 // Tiles 0..3 hold sums, 4 and 5 activations, 6 and 7 weights. Tile numbers must be literals.
-void two_by_two(int32_t* c, const int8_t* a, size_t a_step, const uint8_t* b, size_t b_step,
-                int depth, bool add) {
+void two_by_two(int32_t* c, size_t c_step, const int8_t* a, size_t a_step, const uint8_t* b,
+                size_t b_step, int depth, bool add) {
   if (add) {
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + kSums, 64);
-    _tile_loadd(2, c + 2 * kSums, 64);
-    _tile_loadd(3, c + 3 * kSums, 64);
+    _tile_loadd(2, c + c_step, 64);
+    _tile_loadd(3, c + c_step + kSums, 64);
   } else {
     _tile_zero(0);
     _tile_zero(1);
@@ -40,38 +48,45 @@ void two_by_two(int32_t* c, const int8_t* a, size_t a_step, const uint8_t* b, si
   }
   for (int i = 0; i < depth; i++, a += kTile, b += kTile) {
     _tile_loadd(6, b, 64);
+    prefetch(b);
     _tile_loadd(4, a, 64);
+    prefetch(a);
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(7, b + b_step, 64);
+    prefetch(b + b_step);
     _tile_dpbsud(1, 4, 7);
     _tile_loadd(5, a + a_step, 64);
+    prefetch(a + a_step);
     _tile_dpbsud(2, 5, 6);
     _tile_dpbsud(3, 5, 7);
   }
   _tile_stored(0, c, 64);
   _tile_stored(1, c + kSums, 64);
-  _tile_stored(2, c + 2 * kSums, 64);
-  _tile_stored(3, c + 3 * kSums, 64);
+  _tile_stored(2, c + c_step, 64);
+  _tile_stored(3, c + c_step + kSums, 64);
 }
 
-// Two tiles of rows times one of outputs, or one times two.
-void two_by_one(int32_t* c, const int8_t* a, size_t a_step, const uint8_t* b, int depth, bool add) {
+void two_by_one(int32_t* c, size_t c_step, const int8_t* a, size_t a_step, const uint8_t* b,
+                int depth, bool add) {
   if (add) {
     _tile_loadd(0, c, 64);
-    _tile_loadd(2, c + kSums, 64);
+    _tile_loadd(2, c + c_step, 64);
   } else {
     _tile_zero(0);
     _tile_zero(2);
   }
   for (int i = 0; i < depth; i++, a += kTile, b += kTile) {
     _tile_loadd(6, b, 64);
+    prefetch(b);
     _tile_loadd(4, a, 64);
+    prefetch(a);
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(5, a + a_step, 64);
+    prefetch(a + a_step);
     _tile_dpbsud(2, 5, 6);
   }
   _tile_stored(0, c, 64);
-  _tile_stored(2, c + kSums, 64);
+  _tile_stored(2, c + c_step, 64);
 }
 
 void one_by_two(int32_t* c, const int8_t* a, const uint8_t* b, size_t b_step, int depth, bool add) {
@@ -84,9 +99,12 @@ void one_by_two(int32_t* c, const int8_t* a, const uint8_t* b, size_t b_step, in
   }
   for (int i = 0; i < depth; i++, a += kTile, b += kTile) {
     _tile_loadd(4, a, 64);
+    prefetch(a);
     _tile_loadd(6, b, 64);
+    prefetch(b);
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(7, b + b_step, 64);
+    prefetch(b + b_step);
     _tile_dpbsud(1, 4, 7);
   }
   _tile_stored(0, c, 64);
@@ -100,20 +118,22 @@ void one_by_one(int32_t* c, const int8_t* a, const uint8_t* b, int depth, bool a
     _tile_zero(0);
   for (int i = 0; i < depth; i++, a += kTile, b += kTile) {
     _tile_loadd(4, a, 64);
+    prefetch(a);
     _tile_loadd(6, b, 64);
+    prefetch(b);
     _tile_dpbsud(0, 4, 6);
   }
   _tile_stored(0, c, 64);
 }
 
-void multiply(int32_t* c, const int8_t* a, size_t a_step, int a_tiles, const uint8_t* b,
-              size_t b_step, int b_tiles, int depth, bool add) {
+void multiply(int32_t* c, size_t c_step, const int8_t* a, size_t a_step, int a_tiles,
+              const uint8_t* b, size_t b_step, int b_tiles, int depth, bool add) {
   int i = 0;
-  for (; i + 1 < a_tiles; i += 2, a += 2 * a_step, c += 2 * b_tiles * kSums)
+  for (; i + 1 < a_tiles; i += 2, a += 2 * a_step, c += 2 * c_step)
     if (b_tiles == 2)
-      two_by_two(c, a, a_step, b, b_step, depth, add);
+      two_by_two(c, c_step, a, a_step, b, b_step, depth, add);
     else
-      two_by_one(c, a, a_step, b, depth, add);
+      two_by_one(c, c_step, a, a_step, b, depth, add);
   if (i < a_tiles) {
     if (b_tiles == 2)
       one_by_two(c, a, b, b_step, depth, add);
