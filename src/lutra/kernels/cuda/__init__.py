@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import lutra.kernels.cuda.ops  # noqa: F401  (registers the op)
+from lutra.errors import KernelError
 from lutra.formats.bitplanes import BitPlanes
 from lutra.kernels.dispatch import Kernel, LinearSpec
 
@@ -49,6 +50,10 @@ class CudaKernel(Kernel):
         from lutra.kernels.cuda import products
         from lutra.kernels.cuda.layout import layout_for, to_kernel_order
 
+        if weight.scale.dtype not in (torch.float16, torch.float32):
+            raise KernelError(
+                f"the CUDA kernels take scales in float16 and float32, not {weight.scale.dtype}"
+            )
         layout = layout_for(spec)
         prepared = to_kernel_order(weight, layout)
         products.load(layout, spec.uniform, prepared[1].dtype, spec.dtype, prepared[0].device)
@@ -142,9 +147,8 @@ def _card(spec: LinearSpec) -> Card:
 @cache
 def unusable(index: int) -> str | None:
     """Why the kernels cannot run on a GPU, or None. Compiles and runs nothing."""
-    from lutra.errors import KernelError
     from lutra.kernels.cuda import nvrtc
-    from lutra.kernels.cuda.launch import card
+    from lutra.kernels.cuda.launch import card, driver_version
 
     device = card(index)
     if device.capability < MIN_CAPABILITY:
@@ -153,8 +157,14 @@ def unusable(index: int) -> str | None:
     try:
         nvrtc.version()
         supported = nvrtc.supported_archs()
+        driver = driver_version()
     except KernelError as error:
         return str(error)
+    if driver[0] < nvrtc.version()[0]:  # within one major version, drivers load newer code
+        return (
+            f"the driver supports CUDA {driver[0]}.{driver[1]} and cannot load what NVRTC "
+            f"{nvrtc.version_text()} compiles; update the driver, or install an older NVRTC"
+        )
     if device.number not in supported:
         return (
             f"NVRTC {nvrtc.version_text()} does not know {device.arch} "

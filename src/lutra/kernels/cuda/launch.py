@@ -72,6 +72,26 @@ def card(index: int) -> Card:
     return Card(index, p.name, (p.major, p.minor), p.multi_processor_count, shared, whole)
 
 
+@cache
+def driver_version() -> tuple[int, int]:
+    """CUDA version of the installed driver, such as (12, 4).
+
+    Raises:
+        KernelError: cuda-bindings is missing, or the driver does not answer.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise KernelError(
+            f"cuda-bindings cannot be loaded ({error}); install it with: pip install lutra[cuda]"
+        ) from error
+    try:
+        number = _ok(driver.cuDriverGetVersion(), "say its version")
+    except RuntimeError as error:  # cuda-bindings found no driver library
+        raise KernelError(f"the CUDA driver cannot be loaded: {error}") from error
+    return number // 1000, number % 1000 // 10
+
+
 class Function:
     """A kernel loaded on one device.
 

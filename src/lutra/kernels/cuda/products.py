@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lutra.errors import KernelError
+from lutra.errors import KernelError, ResourceError
 from lutra.kernels.cuda.launch import Card, Function, card, function
 from lutra.kernels.cuda.layout import TILE_ROWS, Layout
 from lutra.kernels.cuda.plans import (
@@ -216,7 +216,14 @@ def dense_workspace(device: torch.device, dtype: torch.dtype) -> Tensor:
                 "graph is captured; run the layer once before capturing"
             )
         size = DENSE_WORKSPACE_BYTES // dtype.itemsize
-        _workspaces[key] = torch.empty(size, dtype=dtype, device=device)
+        try:
+            _workspaces[key] = torch.empty(size, dtype=dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{device} has no room for the {DENSE_WORKSPACE_BYTES >> 20} MiB in which long "
+                f"inputs are multiplied ({str(error).splitlines()[0]}); use fewer bits, a shorter "
+                "context, or free memory"
+            ) from error
     return _workspaces[key]
 
 
