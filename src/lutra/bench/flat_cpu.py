@@ -41,6 +41,9 @@ from lutra.formats.flat import FlatWeight, largest_digit
 logger = logging.getLogger(__name__)
 
 WIDE_SHARE, VERY_WIDE = 0.02, 4
+# For each shape, from how many rows on: the speed of matrix units on a shared machine changes within
+# seconds.
+LONG_SECONDS, LONG_FROM = 45.0, 128
 
 
 def run(
@@ -59,7 +62,7 @@ def run(
         bits: of our weights, 4 or 8.
         threads: CPU threads.
         peers: ``all``, ``none`` or names of other implementations.
-        seconds: for each shape and batch.
+        seconds: for each shape and batch; None takes more for large batches.
 
     Raises:
         KernelError: the CPU kernels were not built, bits that no layer has, or a peer that does not
@@ -120,6 +123,8 @@ def _one_shape(
                 "%s does not run %dx%d: %s: %s", maker.__name__.strip("_"), out_features,
                 in_features, type(error).__name__, error,
             )  # fmt: skip
+    if seconds is None and batch >= LONG_FROM:
+        seconds = LONG_SECONDS
     timed = time_candidates(candidates, threads, memory, seconds)
     rows = []
     for candidate, (median, best, limit) in zip(candidates, timed, strict=True):
