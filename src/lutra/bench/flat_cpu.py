@@ -41,7 +41,7 @@ from lutra.formats.flat import FlatWeight, largest_digit
 logger = logging.getLogger(__name__)
 
 WIDE_SHARE, VERY_WIDE = 0.02, 4
-# For each shape, from how many rows on: the speed of matrix units on a shared machine changes within
+# From so many rows on, for each shape: matrix units on a shared machine change their speed within
 # seconds.
 LONG_SECONDS, LONG_FROM = 45.0, 128
 
