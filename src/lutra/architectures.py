@@ -448,6 +448,12 @@ def describe(model: nn.Module, family: str) -> Architecture:
     )  # fmt: skip
 
 
+def longest_list(model: nn.Module) -> nn.ModuleList | None:
+    """The decoder blocks of any model: its longest list of modules, or None without any."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=None)
+
+
 # ---- folding
 
 

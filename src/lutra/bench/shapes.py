@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lutra.architectures import longest_list
 from lutra.errors import SchemeError
 from lutra.evaluate.load import choose_dtype
 from lutra.integrations.tensor_parallel import Sum, check_degree, cut_blocks, new_buffers
 from lutra.nn import QuantizedLinear
+from lutra.runtime.loading import check_fits
 from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
 
@@ -132,6 +134,7 @@ def random_model(
         if head_format is not None:
             model.set_output_embeddings(_packed(model.get_output_embeddings(), head_format))
             config.tie_word_embeddings = False
+    check_fits(model, torch.device(device), shape, " Or cut its depth with --layers.")
     model.to_empty(device=device)
     model.tie_weights()
     new_buffers(model, config, torch.device(device))
@@ -180,7 +183,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     Raises:
         SchemeError: there is no list of modules.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
+    blocks = longest_list(model)
+    if blocks is None:
         raise SchemeError("the model has no list of decoder blocks to count")
-    return max(lists, key=len)
+    return blocks

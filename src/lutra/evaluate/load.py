@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,22 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from lutra.runtime.generation import enable
+    from lutra.runtime.loading import move, prepare_later
+
+    place = torch.device(device)
+    on_gpu = place.type == "cuda"
+    if on_gpu and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, local_files_only=True
-        )
-        return model.to(device).eval()
+        with prepare_later() if on_gpu else nullcontext():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=dtype, local_files_only=True
+            )
+        if on_gpu:
+            return enable(move(model, place)).eval()
+        return model.to(place).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
             f"{checkpoint.path} does not fit into the memory of {device} ({error}). "

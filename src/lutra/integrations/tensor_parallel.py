@@ -28,6 +28,7 @@ from lutra.errors import CheckpointError, ResourceError, SchemeError
 from lutra.formats.shard import read_header
 from lutra.nn import QuantizedLinear
 from lutra.runtime.generation import enable
+from lutra.runtime.loading import check_fits
 from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
 
@@ -283,6 +284,7 @@ def load_parallel(
     cut_blocks(
         model, lambda name: None if scheme is None else scheme.format_of(name), rank, ranks, total
     )
+    check_fits(model, place, f"this rank's part of {checkpoint.path}")
     files = _Files(checkpoint.path)
     modules = dict(model.named_modules())
     tied = set(model.all_tied_weights_keys)

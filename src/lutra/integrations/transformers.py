@@ -31,6 +31,7 @@ from lutra.formats.shard import read_header
 from lutra.nn import QuantizedLinear
 from lutra.nn_flat import FlatLinear
 from lutra.runtime.generation import enable
+from lutra.runtime.loading import is_preparing_later
 from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
 
@@ -84,10 +85,11 @@ class LutraQuantizer(HfQuantizer):
         return scheme.format_of(name) or scheme.format_of(f"{prefix}.{name}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        _own_memory(model)
+        if not is_preparing_later():
+            _own_memory(model)
         join_siblings(model)
         for module in model.modules():
-            if isinstance(module, QuantizedLinear | FlatLinear):
+            if isinstance(module, QuantizedLinear | FlatLinear) and not is_preparing_later():
                 module.prepare_if_local(model.dtype)
         if hasattr(model, "generate"):
             enable(model)

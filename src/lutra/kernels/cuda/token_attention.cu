@@ -4,9 +4,14 @@
 //   keys    [batch][kv_heads][capacity][HEAD_DIM]      and values: the cache; row `position` is written
 //
 // A block serves the QUERIES heads of one key head for a part of the positions start .. position. The
-// blocks of a cluster have the parts of one key head and read each other's sums from shared memory, in
-// the order of the parts, so results do not depend on timing. Grid: (parts, kv_heads, batch), clusters
-// of all parts. Block: WARPS * 32 threads; HEAD_DIM / 8 lanes share a row.
+// blocks of a cluster have the parts of one key head. Each sends its sums to the shared memory of the
+// others, of which each adds up some channels in the order of the parts, so results do not depend on
+// timing. Grid: (parts, kv_heads, batch), clusters of all parts, 1, 2, 4 or 8. Block: WARPS * 32
+// threads; HEAD_DIM / 8 lanes share a row.
+//
+// The position, the rotary tables and the older rows of the cache are read before the kernel ahead has
+// ended: they were written before the last launch that waits for everything, at the latest the lookup
+// of the embedding.
 //
 // Compile-time parameters: HEAD_DIM 64|128|256, QUERIES (heads that share a key head, at most 8),
 // WARPS, ROTARY 0|1, HEAD_NORM 0|1.
@@ -29,26 +34,27 @@ struct AttentionArguments {
   float scale, epsilon;
 };
 
-constexpr int LANES = HEAD_DIM / 8, ROWS = 32 / LANES, UNROLL = 4;
+constexpr int LANES = HEAD_DIM / 8, ROWS = 32 / LANES, UNROLL = QUERIES <= 2 ? 8 : 4;
 constexpr int STEP = WARPS * ROWS * UNROLL;   // positions that a block has in flight
 constexpr int PART = HEAD_DIM + 2;            // sums of values, largest score, sum of weights
 constexpr float NOTHING = -1e30f;
 
-DEVICE void meet_cluster() {
+DEVICE void arrive_at_cluster() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-// A float of the same shared variable in another block of the cluster.
-DEVICE float of_block(const float* mine, int block) {
+DEVICE void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Store to the same shared variable of another block of the cluster.
+DEVICE void send(float* mine, int block, float value) {
 #if __CUDA_ARCH__ >= 900
   u32 address;
-  float value;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(mine)), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
-#else
-  return *mine;
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(address), "f"(value) : "memory");
 #endif
 }
 
@@ -98,7 +104,8 @@ DEVICE void head_values(const AttentionArguments& p, const u16* head, const u16*
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 token_attention(const __grid_constant__ AttentionArguments p) {
   __shared__ float of_warp[WARPS][QUERIES][PART];
-  __shared__ float of_part[QUERIES][PART];
+  __shared__ float sums_of[QUERIES * HEAD_DIM];       // this block's channels, from all parts
+  __shared__ float top_of[8][QUERIES], all_of[8][QUERIES];
   __shared__ __align__(16) u16 fresh[2][HEAD_DIM];   // key and value of the new token
   const int split = blockIdx.x, parts = gridDim.x, kv_head = blockIdx.y, batch = blockIdx.z;
   const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) / LANES, lane = threadIdx.x % LANES;
@@ -108,7 +115,7 @@ token_attention(const __grid_constant__ AttentionArguments p) {
   const int heads = p.kv_heads * QUERIES;
   const u16* token = p.qkv + (long long)batch * (heads + 2 * p.kv_heads) * HEAD_DIM;
   let_next_kernel_start();
-  wait_for_previous_kernel();
+  if (parts > 1) arrive_at_cluster();   // memory of a block may be written once it runs
   const int position = (int)*p.position, first = p.start[batch], count = position + 1 - first;
   const int length = ((count + parts - 1) / parts + 7) / 8 * 8;
   const int begin = min(first + split * length, position + 1), end = min(begin + length, position + 1);
@@ -126,6 +133,7 @@ token_attention(const __grid_constant__ AttentionArguments p) {
     }
   };
   fetch(begin);
+  wait_for_previous_kernel();
   float q[QUERIES][8], sum[QUERIES][8], largest[QUERIES], total[QUERIES];
 #pragma unroll
   for (int g = 0; g < QUERIES; g++) {
@@ -209,6 +217,7 @@ token_attention(const __grid_constant__ AttentionArguments p) {
     }
   }
   __syncthreads();
+  if (parts > 1) wait_for_cluster();
   u16* y = p.y + ((long long)batch * p.kv_heads + kv_head) * QUERIES * HEAD_DIM;
   for (int i = threadIdx.x; i < QUERIES * HEAD_DIM; i += WARPS * 32) {
     const int g = i / HEAD_DIM, d = i % HEAD_DIM;
@@ -223,32 +232,28 @@ token_attention(const __grid_constant__ AttentionArguments p) {
     }
     if (parts == 1) {
       y[i] = float_to_x(value / all);
-    } else {
-      of_part[g][d] = value;
-      if (d == 0) of_part[g][HEAD_DIM] = top, of_part[g][HEAD_DIM + 1] = all;
+      continue;
+    }
+    const int slice = QUERIES * HEAD_DIM / parts;
+    send(sums_of + split * slice + i % slice, i / slice, value);
+    if (d < parts) {
+      send(&top_of[split][g], d, top);
+      send(&all_of[split][g], d, all);
     }
   }
   if (parts == 1) return;
-  meet_cluster();
-  for (int i = split * WARPS * 32 + threadIdx.x; i < QUERIES * HEAD_DIM; i += parts * WARPS * 32) {
-    const int g = i / HEAD_DIM, d = i % HEAD_DIM;
-    float tops[8], alls[8], sums[8], top = NOTHING, all = 0.f, value = 0.f;
-#pragma unroll
-    for (int s = 0; s < 8; s++) {
-      const int block = min(s, parts - 1);
-      tops[s] = of_block(&of_part[g][HEAD_DIM], block);
-      alls[s] = of_block(&of_part[g][HEAD_DIM + 1], block);
-      sums[s] = of_block(&of_part[g][d], block);
-      top = fmaxf(top, tops[s]);
+  arrive_at_cluster();
+  wait_for_cluster();
+  const int slice = QUERIES * HEAD_DIM / parts;
+  for (int i = threadIdx.x; i < slice; i += WARPS * 32) {
+    const int channel = split * slice + i, g = channel / HEAD_DIM;
+    float top = NOTHING, all = 0.f, value = 0.f;
+    for (int s = 0; s < parts; s++) top = fmaxf(top, top_of[s][g]);
+    for (int s = 0; s < parts; s++) {
+      const float keep = __expf(top_of[s][g] - top);
+      all += keep * all_of[s][g];
+      value += keep * sums_of[s * slice + i];
     }
-#pragma unroll
-    for (int s = 0; s < 8; s++) {
-      if (s >= parts) break;
-      const float keep = __expf(tops[s] - top);
-      all += keep * alls[s];
-      value += keep * sums[s];
-    }
-    y[i] = float_to_x(value / all);
+    y[channel] = float_to_x(value / all);
   }
-  meet_cluster();   // nobody leaves while others read its memory
 }

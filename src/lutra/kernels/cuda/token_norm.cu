@@ -1,6 +1,6 @@
 // sum = x + delta (delta may be absent, then sum is not written); y = norm(sum) * weight (+ bias).
-// Grid: rows. Block: 512 threads. `features` is a multiple of 8.
-// Compile-time parameters: VECTORS (of 8 values per thread), LAYER_NORM 0|1.
+// Grid: rows. Block: THREADS threads. `features` is a multiple of 8.
+// Compile-time parameters: THREADS, VECTORS (of 8 values per thread), LAYER_NORM 0|1.
 
 #include "token.cuh"
 
@@ -15,15 +15,15 @@ struct NormArguments {
   float epsilon;
 };
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(THREADS)
 token_norm(const __grid_constant__ NormArguments p) {
-  __shared__ float shared[2][16];
+  __shared__ float shared[2][32];
   const long long row = (long long)blockIdx.x * p.features;
   Eight weight[VECTORS], bias[VECTORS];
   float h[VECTORS * 8];
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
-    const int i = (v * 512 + threadIdx.x) * 8;
+    const int i = (v * THREADS + threadIdx.x) * 8;
     if (i < p.features) {
       weight[v].words = *(const uint4*)(p.weight + i);
       if (LAYER_NORM && p.bias) bias[v].words = *(const uint4*)(p.bias + i);
@@ -34,7 +34,7 @@ token_norm(const __grid_constant__ NormArguments p) {
   float total = 0.f;
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
-    const int i = (v * 512 + threadIdx.x) * 8;
+    const int i = (v * THREADS + threadIdx.x) * 8;
     Eight a, b;
     if (i < p.features) {
       a.words = *(const uint4*)(p.x + row + i);
@@ -64,7 +64,7 @@ token_norm(const __grid_constant__ NormArguments p) {
     for (int v = 0; v < VECTORS; v++)
 #pragma unroll
       for (int j = 0; j < 8; j++)
-        if ((v * 512 + threadIdx.x) * 8 < p.features) {
+        if ((v * THREADS + threadIdx.x) * 8 < p.features) {
           const float d = h[v * 8 + j] - mean;
           squares += d * d;
         }
@@ -73,7 +73,7 @@ token_norm(const __grid_constant__ NormArguments p) {
   const float scale = rsqrtf(total / p.features + p.epsilon);
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
-    const int i = (v * 512 + threadIdx.x) * 8;
+    const int i = (v * THREADS + threadIdx.x) * 8;
     if (i >= p.features) break;
     Eight out;
 #pragma unroll

@@ -1,6 +1,7 @@
 """What lies between the linear layers of a block when one token per sequence is decoded.
 
-Three operations, each one launch on a GPU (``token_*.cu``) and plain torch elsewhere: the norm
+Three operations, each one launch on a GPU (``token_*.cu``), one call on a CPU
+(:mod:`lutra.kernels.cpu.token_step`) and plain torch elsewhere: the norm
 with the residual sum before it, the activation of the MLP, and attention with rotary embedding and
 the write to the key-value cache. Measured on an H200, torch takes about thirty launches for them,
 which cost more than the linear layers of a block of 4096 features.
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lutra.kernels.cpu import token_step as on_cpu
+
 if TYPE_CHECKING:
     from lutra.kernels.cuda.launch import Function
 
 HEAD_DIMS = (64, 128, 256)
 MOST_QUERIES = 8  # heads that share a key head
-_NORM_THREADS = 512
 
 
 class _NormArguments(ctypes.Structure):
@@ -125,6 +127,10 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """``h = x + delta`` and the norm of h, for rows ``[batch, features]``; returns ``(h, y)``."""
     if x.device.type != "cuda":
+        if x.device.type == "cpu" and not layer_norm:
+            done = on_cpu.add_norm(x, delta, weight, epsilon)
+            if done is not None:
+                return done
         h = x if delta is None else x + delta
         if layer_norm:
             return h, torch.nn.functional.layer_norm(h, h.shape[-1:], weight, bias, epsilon)
@@ -135,13 +141,16 @@ def add_norm(
     rows, features = x.shape
     y = torch.empty_like(x)
     h = x if delta is None else torch.empty_like(x)
-    vectors = -(-features // (8 * _NORM_THREADS))
-    kernel = _function("token_norm", x, VECTORS=vectors, LAYER_NORM=int(layer_norm))
+    threads = 512 if features <= 4096 else 1024
+    vectors = -(-features // (8 * threads))
+    kernel = _function(
+        "token_norm", x, THREADS=threads, VECTORS=vectors, LAYER_NORM=int(layer_norm)
+    )
     arguments = _NormArguments(
         x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias), h.data_ptr(),
         y.data_ptr(), features, epsilon,
     )  # fmt: skip
-    kernel(arguments, (rows, 1, 1), _NORM_THREADS)
+    kernel(arguments, (rows, 1, 1), threads)
     return h, y
 
 
@@ -150,6 +159,9 @@ def activation(x: Tensor, gated: bool) -> Tensor:
     if x.device.type != "cuda":
         if not gated:
             return torch.relu(x)
+        y = on_cpu.silu(x) if x.device.type == "cpu" else None
+        if y is not None:
+            return y
         gate, up = x.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
     x = x.contiguous()
@@ -186,6 +198,13 @@ def attention(
         ``[batch, heads head_dim]``.
     """
     if qkv.device.type != "cuda":
+        if qkv.device.type == "cpu":
+            done = on_cpu.attention(
+                qkv, keys, values, position, start, shape.heads, shape.scale, shape.epsilon,
+                rotary, norms,
+            )  # fmt: skip
+            if done is not None:
+                return done
         return _attention_by_torch(qkv, keys, values, position, start, shape, rotary, norms)
     qkv = qkv.contiguous()
     batch = qkv.shape[0]

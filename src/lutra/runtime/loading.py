@@ -1,0 +1,245 @@
+"""Bring a loaded model to its device: fast, without a second copy in the host's memory.
+
+transformers leaves the tensors of a checkpoint where they are, in the mapped files. They are moved
+from there piece by piece through a few pinned buffers: threads fill buffers, which reads the disk,
+while the device fetches those that are full. As each layer arrives, its kernel lays it out anew on
+the device, so neither memory ever holds more than the model and one layer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lutra.architectures import longest_list
+from lutra.errors import ResourceError
+
+BUFFER_BYTES = 32 << 20
+BUFFERS = 8
+
+_preparing_later: ContextVar[bool] = ContextVar("preparing_later", default=False)
+
+
+@contextmanager
+def prepare_later() -> Iterator[None]:
+    """Layers that are loaded within are not handed to the kernels of the device they are on."""
+    token = _preparing_later.set(True)
+    try:
+        yield
+    finally:
+        _preparing_later.reset(token)
+
+
+def is_preparing_later() -> bool:
+    return _preparing_later.get()
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each counted once."""
+    distinct = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in distinct.values())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on a device; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return values.get("MemAvailable", 0) + values.get("SwapFree", 0)
+
+
+def check_fits(model: nn.Module, device: torch.device, name: object, layers: str = "") -> None:
+    """Refuse a model that is larger than what is free, before anything is moved.
+
+    Args:
+        model: loaded, mapped or on the meta device.
+        name: what to call it.
+        layers: what to suggest besides fewer bits.
+
+    Raises:
+        ResourceError: says how much is missing, and which widths would fit.
+    """
+    free = free_bytes(device)
+    needed = model_bytes(model)
+    if free is None or needed <= free:
+        return
+    raise ResourceError(
+        f"{name} needs {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB left: "
+        f"{(needed - free) / 1e9:.2f} GB are missing. {widths_that_fit(model, free)}{layers}"
+    )
+
+
+def widths_that_fit(model: nn.Module, free: int) -> str:
+    """A sentence on the bits per weight with which a model would fit into ``free`` bytes."""
+    from lutra.nn import QuantizedLinear
+
+    blocks = longest_list(model)
+    if blocks is None:
+        return "Use another device or a smaller model."
+    weights, held = 0, 0
+    for module in blocks.modules():
+        if isinstance(module, QuantizedLinear | nn.Linear) or type(module).__name__ == "Conv1D":
+            own = [p for n, p in module.named_parameters(recurse=False) if n.startswith("weight")]
+            held += sum(p.numel() * p.element_size() for p in own)
+            if isinstance(module, QuantizedLinear):
+                weights += module.in_features * module.out_features
+            else:
+                weights += sum(p.numel() for p in own)
+    rest = model_bytes(model) - held
+    fitting = [
+        bits for bits in range(8, 0, -1) if rest + weights * (bits + 2 * 16 / 128) / 8 <= free
+    ]
+    if not fitting:
+        return (
+            f"No width fits: what is not quantized needs {rest / 1e9:.2f} GB by itself. "
+            "Use a device with more memory."
+        )
+    most = fitting[0]
+    return (
+        f"It would fit with {most} bit{'s' if most > 1 else ''} per weight or fewer "
+        "(`lutra quantize --bits`, groups of 128)."
+    )
+
+
+def move(model: Any, device: torch.device) -> Any:
+    """Move a loaded model to a GPU and prepare its layers there; the model.
+
+    Raises:
+        ResourceError: it does not fit.
+        torch.OutOfMemoryError: something else took the memory meanwhile.
+    """
+    from lutra.nn import QuantizedLinear
+
+    check_fits(model, device, type(model).__name__)
+    moved: dict[int, Tensor] = {}
+    with _Mover(device) as mover:
+        waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                _move_tensors(tensors, mover, moved)
+            if isinstance(module, QuantizedLinear):
+                waiting.append((module, mover.submitted))
+            while waiting and mover.sent >= waiting[0][1]:
+                _prepare_when_whole(waiting.popleft()[0], model.dtype, mover)
+        mover.finish()
+        for layer, _ in waiting:
+            _prepare_when_whole(layer, model.dtype, mover)
+    if hasattr(model, "hf_device_map"):
+        model.hf_device_map = {"": device}
+    return model.to(device)  # what is left, such as tensors that modules hold by themselves
+
+
+def _move_tensors(tensors: dict[str, Any], mover: _Mover, moved: dict[int, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.device == mover.device:
+            continue
+        there = moved.get(id(tensor))
+        if there is None:
+            there = mover.move(tensor.data)
+            if isinstance(tensor, nn.Parameter):
+                there = nn.Parameter(there, requires_grad=tensor.requires_grad)
+            moved[id(tensor)] = there  # tied weights stay tied
+        tensors[name] = there
+
+
+def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: _Mover) -> None:
+    """Prepare a layer, or its group once the last member has arrived."""
+    members = [layer] if layer.siblings is None else layer.siblings.members()
+    if members[-1] is layer:
+        mover.wait()
+        for member in members:
+            if member is not None:
+                member.prepare_if_local(dtype)
+
+
+class _Mover:
+    """Pinned buffers, threads that fill them, and a stream that empties them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.threads = ThreadPoolExecutor(BUFFERS, "lutra-load")
+        self.free: deque[tuple[Tensor, Any]] = deque()
+        self.filling: deque[tuple[Future[None], Tensor, Tensor, Any]] = deque()
+        self.submitted = self.sent = 0  # pieces
+
+    def __enter__(self) -> _Mover:
+        for _ in range(BUFFERS):
+            buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+            self.free.append((buffer, None))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.finish()
+        finally:
+            self.threads.shutdown()
+            self.wait()
+
+    def wait(self) -> None:
+        """What is queued on the device from now on finds the pieces that were sent."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def move(self, source: Tensor) -> Tensor:
+        """A tensor that will have the same content on the device, once all its pieces are sent."""
+        target = torch.empty_like(source, device=self.device, memory_format=torch.contiguous_format)
+        # Work that is queued may still use what the allocator hands out.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        target.record_stream(self.stream)
+        for begin, piece in _pieces(source.contiguous()):
+            buffer = self._buffer()
+            part = buffer[: piece.numel()]
+            there = target.view(-1).view(torch.uint8)[begin : begin + piece.numel()]
+            self.filling.append((self.threads.submit(_fill, part, piece), part, there, buffer))
+            self.submitted += 1
+        return target
+
+    def finish(self) -> None:
+        """Send all that is being filled."""
+        while self.filling:
+            self._send()
+
+    def _buffer(self) -> Tensor:
+        if not self.free:
+            self._send()
+        buffer, event = self.free.popleft()
+        if event is not None:
+            event.synchronize()
+        return buffer
+
+    def _send(self) -> None:
+        filled, part, there, buffer = self.filling.popleft()
+        filled.result()
+        with torch.cuda.stream(self.stream):
+            there.copy_(part, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self.stream)
+        self.free.append((buffer, event))
+        self.sent += 1
+
+
+def _fill(part: Tensor, piece: Tensor) -> None:
+    part.copy_(piece)
+
+
+def _pieces(source: Tensor) -> Iterable[tuple[int, Tensor]]:
+    """Bytes of a tensor, by buffers."""
+    if source.numel() == 0:
+        return
+    flat = source.view(-1).view(torch.uint8)
+    for begin in range(0, flat.numel(), BUFFER_BYTES):
+        yield begin, flat[begin : begin + BUFFER_BYTES]

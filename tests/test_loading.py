@@ -1,0 +1,117 @@
+"""Loading: what does not fit is refused with the sizes that would, and moving changes nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from packed_models import make_model, pack_layers
+from quantized import ids, logits, make_source, quantize_tiny
+
+import lutra
+from lutra.bench import shapes
+from lutra.bench.model import bench_model
+from lutra.errors import ResourceError
+from lutra.nn import QuantizedLinear
+from lutra.runtime import loading
+from lutra.scheme import Format
+
+META = torch.device("meta")
+
+
+def _shape(bits: int) -> torch.nn.Module:
+    """Llama-3-8B on the meta device, as `random_model` has it before it takes memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {k: v for k, v in shapes.SHAPES["llama-3-8b"].items() if k != "model_type"}
+    with META:
+        model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+        for name, module in list(model.model.layers.named_modules()):
+            if isinstance(module, torch.nn.Linear) and bits < 16:
+                packed = QuantizedLinear(
+                    module.in_features, module.out_features, Format("bcq", bits, 128)
+                )
+                model.model.layers.set_submodule(name, packed)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bits", "free", "missing", "advice"),
+    [
+        (16, 10e9, "needs 16.06 GB .* 10.00 GB left: 6.06 GB are missing", "with 8 bits per"),
+        (16, 6e9, "10.06 GB are missing", "with 4 bits per weight or fewer"),
+        (4, 4.2e9, "needs 6.14 GB", "with 2 bits"),
+        (4, 3.3e9, "needs 6.14 GB", "with 1 bit per"),
+        (4, 2e9, "needs 6.14 GB", "No width fits: what is not quantized needs 2.10 GB"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, bits, free, missing, advice):
+    monkeypatch.setattr(loading, "free_bytes", lambda device: int(free))
+    model = _shape(bits)
+    with pytest.raises(ResourceError, match=missing) as caught:
+        loading.check_fits(model, torch.device("cpu"), "the model")
+    assert advice in str(caught.value)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 20 * 10**9)
+    loading.check_fits(model, torch.device("cpu"), "the model")
+
+
+def test_bench_refuses_before_it_takes_memory(monkeypatch):
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 10**9)
+    with pytest.raises(ResourceError, match=r"opt-175b needs .* GB .* missing.*--layers"):
+        bench_model("opt-175b", bits=3, group_size=-1)
+
+
+def test_free_memory_is_known_here():
+    free = loading.free_bytes(torch.device("cpu"))
+    assert free is None or 10**8 < free < 10**15
+
+
+def test_a_layer_is_not_prepared_where_it_does_not_stay(tmp_path):
+    make_model(tmp_path / "src")
+    pack_layers(tmp_path / "src", tmp_path / "out")
+    from transformers import AutoModelForCausalLM
+
+    with loading.prepare_later():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert layers and all(layer.choice is None for layer in layers)
+    assert logits_of(model).isfinite().all()
+    assert all(layer.choice is not None for layer in layers)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids()[:, :8] % 200).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_moving_keeps_every_tensor(tmp_path: Path, family: str) -> None:
+    src = make_source(tmp_path / "src", family)
+    quantize_tiny(src, tmp_path / "out", "rtn", 4)
+    here, _ = lutra.load(tmp_path / "out", dtype="float16")
+    there, _ = lutra.load(tmp_path / "out", device="cuda", dtype="float16")
+    stored = there.state_dict()
+    for name, tensor in here.state_dict().items():
+        assert stored[name].device.type == "cuda"
+        assert torch.equal(stored[name].cpu(), tensor), name
+    expected = logits(here)
+    with torch.no_grad():
+        found = there(ids().cuda()).logits.float().cpu()
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.gpu
+def test_moving_is_fast() -> None:
+    import torch.nn as nn
+
+    model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False) for _ in range(8)))
+    model.dtype = torch.float32  # type: ignore[assignment]
+    size = loading.model_bytes(model)
+    torch.empty(1, device="cuda")
+    begin = time.perf_counter()
+    loading.move(model, torch.device("cuda", 0))
+    torch.cuda.synchronize()
+    assert size / (time.perf_counter() - begin) > 2e9
