@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lutra.kernels.cpu import token_step as on_cpu
 from lutra.kernels.cuda.token_step import (
     AttentionShape,
     activation,
@@ -177,6 +178,15 @@ def why_not_fused(model: Any) -> str | None:
     elif config.hidden_act not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}, not SiLU"
     return None
+
+
+def fused_on_cpu(model: Any) -> bool:
+    """Whether a model's blocks run as compiled calls on a CPU, not as the same calls of torch."""
+    if model.config.model_type == "opt" or why_not_fused(model) is not None:
+        return False
+    blocks, norm = _parts(model)
+    weight = norm.weight
+    return on_cpu.serves(_attention_shape(blocks[0]).head_dim, weight.shape[0], weight.dtype)
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lutra.errors import LutraError
+from lutra.runtime.blocks import fused_on_cpu
 from lutra.runtime.step import DecodeStep, capacity_for
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,14 @@ logger = logging.getLogger(__name__)
 STEPS_KEPT = 2  # recordings of a model, each with a cache of its own
 
 
-def enable(model: Any, devices: tuple[str, ...] = ("cuda",)) -> Any:
-    """Let ``model.generate`` decode through CUDA graphs on these kinds of devices; the model.
+def enable(model: Any, devices: tuple[str, ...] | None = None) -> Any:
+    """Let ``model.generate`` decode by steps on these kinds of devices; the model.
 
-    It changes nothing on other devices, where the same loop would run without graphs.
+    It changes nothing on others. By default that is on GPUs, where steps are recorded, and on CPUs
+    if the blocks of the model run there as few compiled calls.
     """
+    if devices is None:
+        devices = ("cuda", "cpu") if fused_on_cpu(model) else ("cuda",)
     model.lutra_decoding = _State(devices)
     model.generate = MethodType(_generate, model)
     return model
@@ -162,7 +166,16 @@ def why_not(
         return f"the model gets {', '.join(others)}"
     if ids.shape[1] == 0:
         raise LutraError("the prompt has no tokens. Give at least one.")
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and not _pads_on_the_left(mask):
+        return "the attention mask is not that of padding on the left"
     return why_not_recorded(model, config.max_length)
+
+
+def _pads_on_the_left(mask: Tensor) -> bool:
+    if mask.dim() != 2 or mask.shape[1] == 0:
+        return False
+    return bool((mask[:, -1] == 1).all() & (mask[:, 1:] >= mask[:, :-1]).all())
 
 
 def why_not_recorded(model: Any, tokens: int) -> str | None:

@@ -56,3 +56,13 @@ def flat_quantize(
     x: int, x_dtype: int, x_stride: int, rows: int, columns: int, sums: int, steps: int,
     threads: int, /,
 ) -> None: ...
+def token_add_norm(
+    x: int, delta: int, weight: int, sum: int, y: int, rows: int, features: int, epsilon: float,
+    dtype: int, /,
+) -> None: ...
+def token_silu(x: int, y: int, rows: int, features: int, dtype: int, /) -> None: ...
+def token_attention(
+    qkv: int, cosine: int, sine: int, query_norm: int, key_norm: int, keys: int, values: int,
+    position: int, start: int, y: int, batch: int, heads: int, kv_heads: int, dim: int,
+    rotary_stride: int, capacity: int, scale: float, epsilon: float, dtype: int, threads: int, /,
+) -> None: ...

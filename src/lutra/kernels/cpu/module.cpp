@@ -15,6 +15,7 @@
 #include "features.h"
 #include "flat.h"
 #include "memory.h"
+#include "token.h"
 
 namespace nb = nanobind;
 using namespace lutra;
@@ -129,6 +130,18 @@ struct FlatLayer {
     check(input.source, others, -1);
   }
 };
+
+// AVX2 serves all levels of x86 above the portable one.
+const TokenOps& token_ops() {
+  const bool portable = current == kPortable || !kTokenAvx2;
+  return portable ? *kTokenPortable : *kTokenAvx2;
+}
+
+Dtype token_dtype(int code) {
+  const Dtype dtype = dtype_of(code);
+  if (dtype == F16) throw std::invalid_argument("float32 or bfloat16 only");
+  return dtype;
+}
 
 void check_rows(int m, int threads) {
   if (m < 0 || threads < 1) throw std::invalid_argument("negative rows or no thread");
@@ -279,6 +292,51 @@ NB_MODULE(_native, m) {
           flat_quantize(*flat_current, layer.input, pointer<const void>(x), dtype, x_stride, rows,
                         pointer<int8_t>(columns), pointer<int32_t>(sums), pointer<float>(steps),
                         threads);
+        });
+  m.def("token_add_norm",
+        [](size_t x, size_t delta, size_t weight, size_t sum, size_t y, int rows, int features,
+           float epsilon, int dtype_code) {
+          const Dtype dtype = token_dtype(dtype_code);
+          if (rows < 0 || features < 1 || features % kTokenLanes)
+            throw std::invalid_argument("impossible size of a norm");
+          nb::gil_scoped_release release;
+          token_ops().add_norm(pointer<const void>(x), pointer<const void>(delta),
+                               pointer<const void>(weight), pointer<void>(sum), pointer<void>(y),
+                               rows, features, epsilon, dtype);
+        });
+  m.def("token_silu", [](size_t x, size_t y, int rows, int features, int dtype_code) {
+    const Dtype dtype = token_dtype(dtype_code);
+    if (rows < 0 || features < 1 || features % kTokenLanes)
+      throw std::invalid_argument("impossible size of an activation");
+    nb::gil_scoped_release release;
+    token_ops().silu(pointer<const void>(x), pointer<void>(y), rows, features, dtype);
+  });
+  m.def("token_attention",
+        [](size_t qkv, size_t cosine, size_t sine, size_t query_norm, size_t key_norm, size_t keys,
+           size_t values, size_t position, size_t start, size_t y, int batch, int heads,
+           int kv_heads, int dim, int rotary_stride, int64_t capacity, float scale, float epsilon,
+           int dtype_code, int threads) {
+          check_rows(batch, threads);
+          TokenAttention a = {};
+          a.dtype = token_dtype(dtype_code);
+          a.qkv = pointer<const void>(qkv), a.y = pointer<void>(y);
+          a.cosine = pointer<const void>(cosine), a.sine = pointer<const void>(sine);
+          a.query_norm = pointer<const void>(query_norm);
+          a.key_norm = pointer<const void>(key_norm);
+          a.keys = pointer<void>(keys), a.values = pointer<void>(values);
+          a.start = pointer<const int32_t>(start), a.position = *pointer<const int64_t>(position);
+          a.batch = batch, a.heads = heads, a.kv_heads = kv_heads, a.dim = dim;
+          a.rotary_stride = rotary_stride, a.capacity = capacity;
+          a.scale = scale, a.epsilon = epsilon;
+          if (kv_heads < 1 || heads < kv_heads || heads % kv_heads || dim < 1 ||
+              dim % (2 * kTokenLanes) || dim > kTokenMostDim || a.position < 0 ||
+              a.position >= capacity)
+            throw std::invalid_argument("impossible shape of an attention, or its cache is full");
+          for (int i = 0; i < batch; i++)
+            if (a.start[i] < 0 || a.start[i] > a.position)
+              throw std::invalid_argument("a sequence starts behind its end");
+          nb::gil_scoped_release release;
+          token_attention(token_ops(), a, threads);
         });
   m.def("read_stream",
         [](size_t data, size_t bytes, int threads) {

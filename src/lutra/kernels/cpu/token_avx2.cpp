@@ -1,0 +1,5 @@
+#include "token.inc"
+
+namespace lutra {
+const TokenOps* const kTokenAvx2 = &ops;
+}
