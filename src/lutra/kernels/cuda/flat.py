@@ -25,17 +25,21 @@ class CudaFlatKernel(FlatKernel):
 
     def supports(self, spec: FlatSpec) -> str | None:
         from lutra.kernels.cuda import unusable
-        from lutra.kernels.cuda.flat_products import MAX_INPUTS
+        from lutra.kernels.cuda.flat_products import max_inputs
+        from lutra.kernels.cuda.launch import card
 
         if spec.device.type != "cuda":
             return f"the weight is on {spec.device.type}, not on a CUDA device"
         if spec.dtype not in (torch.float16, torch.bfloat16):
             return f"activations are {spec.dtype}; float16 and bfloat16 are supported"
-        if spec.in_features > MAX_INPUTS:
-            return f"{spec.in_features} inputs; a block quantizes a token of at most {MAX_INPUTS}"
-        return unusable(
-            spec.device.index if spec.device.index is not None else torch.cuda.current_device()
-        )
+        index = spec.device.index
+        if index is None:
+            index = torch.cuda.current_device()
+        refusal = unusable(index)
+        if refusal is None and spec.in_features > max_inputs(card(index)):
+            most = max_inputs(card(index))
+            refusal = f"{spec.in_features} inputs; a block quantizes a token of at most {most}"
+        return refusal
 
     def prepare(self, weight: FlatWeight, spec: FlatSpec) -> list[Tensor]:
         from lutra.kernels.cuda import flat_products

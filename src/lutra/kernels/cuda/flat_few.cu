@@ -1,7 +1,7 @@
 // y = x W^T in integers for few tokens (1 to 128), on Hopper: what counts is to read the weights once, fast.
 //
 // The same sums, layouts of weights and epilogue as flat_linear.cu. A block takes WARPGROUPS x 64 features
-// and TOKENS tokens; the blocks of a cluster split the inputs between them and add their 32-bit sums through
+// and TOKENS tokens; the blocks of a cluster (8 at most) split the inputs between them and add their 32-bit sums through
 // distributed shared memory. Integers: the order of additions does not matter, no workspace is needed, two
 // runs give the same bits. The last warp fetches, the others multiply.
 //
@@ -21,7 +21,7 @@ struct Arguments {
   const void* bias;     // [features] or null
   long long y_stride;
   int features, tokens;
-  int k_tiles, high_tiles, base;
+  int k_tiles, high, base;   // tiles of 128 columns; high columns in 32s
   int bias_kind;        // see flat.cuh
 };
 
@@ -44,17 +44,15 @@ DEVICE int4 load_cluster(u32 shared, u32 rank) {
   return v;
 }
 
-DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int add, int thread) {
+// Adds a tile of 128 columns; SPLIT: the sums are multiplied by the base before product `high` of it.
+template <bool SPLIT> DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int high, int base) {
 #if WEIGHT_BITS == 8
   const u64 a = descriptor(w);
-  products_begin();
-#pragma unroll
-  for (int j = 0; j < 4; j++) product(sum, a + 2 * j, x + 2 * j, j ? 1 : add);
 #else
   u32 a[4][4];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const uint4 v = load_shared(w + half * 2048 + thread * 16);
+    const uint4 v = load_shared(w + half * 2048 + (threadIdx.x & 127) * 16);
     const u32 word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -62,12 +60,25 @@ DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int add, int thread) {
       a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
     }
   }
+#endif
   products_begin();
 #pragma unroll
-  for (int j = 0; j < 4; j++) product(sum, a[j], x + 2 * j, j ? 1 : add);
+  for (int j = 0; j < 4; j++) {
+    if (SPLIT && j == high) {
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sum[i] *= base;
+    }
+    if (SPLIT) products_begin();
+#if WEIGHT_BITS == 8
+    product(sum, a + 2 * j, x + 2 * j, 1);
+#else
+    product(sum, a[j], x + 2 * j, 1);
 #endif
-  products_commit();
-  products_wait<0>();
+    if (SPLIT || j == 3) {
+      products_commit();
+      products_wait<0>();
+    }
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -90,6 +101,7 @@ flat_few(const __grid_constant__ Arguments p) {
     barrier_init_done();
   }
   __syncthreads();
+  let_next_kernel_start();   // it waits for this one's end, but what it fetches first it may fetch now
   if (warp == WARPGROUPS * 4) {
     if (lane == 0) {
       const auto load_weights = [&](int k) {
@@ -125,23 +137,18 @@ flat_few(const __grid_constant__ Arguments p) {
     int sum[SUMS];
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sum[i] = 0;
-    const int high_end = HORNER ? max(begin, min(end, p.high_tiles)) : begin;
-    int i = 0;
-    const auto run = [&](int until) {
-      for (; begin + i < until; i++) {
-        const int s = i % STAGES;
-        barrier_wait(full + 8 * s, i / STAGES & 1);
-        const u32 stage = stages + s * STAGE_BYTES;
-        multiply_tile(sum, stage + X_BYTES + group * W_GROUP_BYTES, descriptor(stage), 1, threadIdx.x & 127);
-        if (lane == 0) barrier_arrive(empty + 8 * s);
-      }
-    };
-    if (HORNER) {
-      run(high_end);
-#pragma unroll
-      for (int j = 0; j < SUMS; j++) sum[j] *= p.base;
+    for (int k = begin; k < end; k++) {
+      const int s = (k - begin) % STAGES;
+      barrier_wait(full + 8 * s, (k - begin) / STAGES & 1);
+      const u32 stage = stages + s * STAGE_BYTES, mine = stage + X_BYTES + group * W_GROUP_BYTES;
+      if (HORNER && 4 * k <= p.high) multiply_tile<true>(sum, mine, descriptor(stage), p.high - 4 * k, p.base);
+      else multiply_tile<false>(sum, mine, descriptor(stage), 0, 0);
+      if (lane == 0) barrier_arrive(empty + 8 * s);
     }
-    run(end);
+    if (HORNER && 4 * end <= p.high) {   // all of this block's columns are high
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sum[i] *= p.base;
+    }
     group_barrier(1, WARPGROUPS * 128);   // all tiles are used up: the sums may take their place
     const int at = group * 64 + (warp & 3) * 16 + (lane >> 2);
 #pragma unroll
@@ -154,17 +161,19 @@ flat_few(const __grid_constant__ Arguments p) {
     }
   }
   wait_for_previous_kernel();   // it may have written the steps and may still read y
-  let_next_kernel_start();
   cluster_sync();
   const int count = TOKENS * FEATURES / 4;
   for (int i = part * THREADS + threadIdx.x; i < count; i += parts * THREADS) {
     const int m = i / (FEATURES / 4), n = i % (FEATURES / 4) * 4;
     if (token + m >= p.tokens || feature + n >= p.features) continue;
     const u32 address = shared_address(sums + m * PITCH + n);
+    int4 each[8];   // all loads under way before the first is needed
+#pragma unroll
+    for (u32 r = 0; r < 8; r++) each[r] = r < parts ? load_cluster(address, r) : make_int4(0, 0, 0, 0);
     int total[4] = {0, 0, 0, 0};
-    for (u32 r = 0; r < parts; r++) {
-      const int4 v = load_cluster(address, r);
-      total[0] += v.x; total[1] += v.y; total[2] += v.z; total[3] += v.w;
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      total[0] += each[r].x; total[1] += each[r].y; total[2] += each[r].z; total[3] += each[r].w;
     }
     const float step = p.step[token + m];
     u16* y = p.y + (token + m) * p.y_stride + feature + n;

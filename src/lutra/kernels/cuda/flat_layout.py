@@ -1,8 +1,8 @@
 """Flattened weights in the order of the flat CUDA kernels, the tables of their inputs, and back.
 
 A layer is lowered to columns of the card's multiplier (:mod:`lutra.kernels.flat.lowering`) without
-adding up digits, so the stored digits stand side by side in the result. The columns are padded to
-tiles of 128 and the rows to 128. What is kept:
+adding up digits, so the stored digits stand side by side in the result. High columns are padded to
+32 bytes, all columns to tiles of 128 and rows to 128. What is kept:
 
 - 8-bit columns: int8 ``[rows, columns]``.
 - 4-bit columns on Hopper, which multiplies 8 bits: nibbles in the order in which a warp holds the
@@ -63,10 +63,11 @@ class Prepared:
     Attributes:
         weight: see the module's docstring.
         scale: float32 ``[rows padded]``.
-        entries: int32 ``[E, 4]``: column, channel, piece and limit of every column that is not
-            the only one of a channel with the common limit; sorted by column.
-        special: uint8 ``[ceil(in / 8)]``, bit b of byte i set where channel 8 i + b has such
-            entries instead; empty if none has.
+        entries: int32 ``[E, 4]``: column, channel, piece and limit of every column that the sweep
+            over the channels does not write as it must be; sorted by column.
+        wide: int32 ``[W, 2]``: channel and limit of every channel without the common limit.
+        special: uint8 ``[ceil(in / 8)]``, bit b of byte i set for channel 8 i + b of those; empty
+            if there are none.
         step: float32 ``[1]`` if static, else empty.
         smooth: float32 ``[in]`` or empty.
         form: an empty tensor of shape ``[0, high columns, common limit]``: two numbers that stay
@@ -76,6 +77,7 @@ class Prepared:
     weight: Tensor
     scale: Tensor
     entries: Tensor
+    wide: Tensor
     special: Tensor
     step: Tensor
     smooth: Tensor
@@ -104,10 +106,20 @@ class Prepared:
     def limit(self) -> int:
         return self.form.shape[2]
 
+    @property
+    def clamp(self) -> int:
+        """What the sweep cuts integers at.
+
+        Dynamic steps keep channels within their limits by themselves, so that only the width of a
+        column cuts, which makes the first unary piece of a wide channel.
+        """
+        return self.limit if self.step.numel() else largest_digit(self.digit_bits)
+
     def tensors(self) -> list[Tensor]:
         return [
-            self.weight, self.scale, self.entries, self.special, self.step, self.smooth, self.form,
-        ]
+            self.weight, self.scale, self.entries, self.wide, self.special, self.step, self.smooth,
+            self.form,
+        ]  # fmt: skip
 
 
 def prepare(weight: FlatWeight, multiplier: Multiplier) -> Prepared:
@@ -116,8 +128,8 @@ def prepare(weight: FlatWeight, multiplier: Multiplier) -> Prepared:
     registers = multiplier.registers and _fits_sixteenfold(weight)
     parts: list[Tensor] = []
     lowered = lower_rows(weight, 0, 0, multiplier.digit_bits)
-    for begin in range(0, rows, _ROWS_AT_ONCE):
-        end = min(rows, begin + _ROWS_AT_ONCE)
+    for begin in range(0, max(1, rows), _ROWS_AT_ONCE):
+        end = begin + _ROWS_AT_ONCE
         digits_NC = lower_rows(weight, begin, end, multiplier.digit_bits).digits
         digits_NC = torch.nn.functional.pad(digits_NC, (0, 0, 0, -len(digits_NC) % ROW_TILE))
         if registers:
@@ -126,11 +138,13 @@ def prepare(weight: FlatWeight, multiplier: Multiplier) -> Prepared:
             digits_NC = pack_pairs(digits_NC)
         parts.append(digits_NC)
     empty = weight.scale.new_empty(0)
-    entries, special, limit = input_tables(lowered, weight.limit, multiplier.digit_bits)
+    tables = input_tables(lowered, weight.limit, multiplier.digit_bits, weight.step is not None)
+    entries, wide, special, limit = tables
     return Prepared(
         torch.cat(parts) if len(parts) > 1 else parts[0],
         torch.nn.functional.pad(weight.scale, (0, -rows % ROW_TILE)),
         entries,
+        wide,
         special,
         empty if weight.step is None else weight.step,
         empty if weight.smooth is None else weight.smooth,
@@ -138,13 +152,23 @@ def prepare(weight: FlatWeight, multiplier: Multiplier) -> Prepared:
     )
 
 
-def lower_rows(weight: FlatWeight, begin: int, end: int, digit_bits: int) -> Lowered:
-    """Columns of some rows of a layer; rows are independent, and whole layers take much memory."""
-    some = FlatWeight(
+def some_rows(weight: FlatWeight, begin: int, end: int) -> FlatWeight:
+    """Some rows of a layer: rows are independent, and a whole large layer takes much memory."""
+    return FlatWeight(
         weight.digits[:, begin:end], weight.scale[begin:end], weight.limit, weight.source,
         weight.bits, weight.in_features,
-    )
-    return lower(some, digit_bits, tile=COLUMN_TILE, merge=False)
+    )  # fmt: skip
+
+
+def lower_rows(weight: FlatWeight, begin: int, end: int, digit_bits: int) -> Lowered:
+    """Some rows in columns: the high ones padded to a product of 32 bytes, all to a tile."""
+    lowered = lower(some_rows(weight, begin, end), digit_bits, tile=256 // digit_bits, merge=False)
+    pad = torch.nn.functional.pad
+    room = (0, -lowered.columns % COLUMN_TILE)
+    return Lowered(
+        pad(lowered.digits, room), pad(lowered.source, room), pad(lowered.piece, room),
+        pad(lowered.origin, room, value=-1), lowered.high, lowered.base,
+    )  # fmt: skip
 
 
 def restore(prepared: Prepared, out_features: int, columns: int, bits: int) -> Tensor:
@@ -163,41 +187,45 @@ def restore(prepared: Prepared, out_features: int, columns: int, bits: int) -> T
 
 
 def input_tables(
-    lowered: Lowered, limit_I: Tensor, digit_bits: int
-) -> tuple[Tensor, Tensor, int]:
-    """``entries``, ``special`` and the common limit of :class:`Prepared`."""
+    lowered: Lowered, limit_I: Tensor, digit_bits: int, static: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """``entries``, ``wide``, ``special`` and the common limit of :class:`Prepared`."""
     device = lowered.source.device
-    inputs = limit_I.numel()
+    inputs, first = limit_I.numel(), lowered.high
+    limit_I = limit_I.to(device=device, dtype=torch.int64)
     most = largest_digit(digit_bits)
     narrow = limit_I[limit_I <= most]
     common = int(narrow.mode().values) if narrow.numel() else 1
-    first = lowered.high
+    is_common_I = limit_I == common
+    wide_W = (~is_common_I).nonzero()[:, 0]
+    wide = torch.stack([wide_W, limit_I[wide_W]], dim=1).to(torch.int32)
+
     column_C = torch.arange(lowered.columns, device=device)
     channel_C, piece_C = lowered.source.long(), lowered.piece.long()
-    is_listed_C = lowered.origin >= 0  # not padding
-    is_first_C = (column_C >= first) & (column_C < first + inputs)
-    is_common_I = limit_I.to(device) == common
-    is_listed_C &= ~(is_first_C & is_common_I[channel_C])
-    chosen = column_C[is_listed_C]
+    swept_C = (column_C >= first) & (column_C < first + inputs)
+    if static and common != most:
+        right_C = is_common_I[channel_C]
+    else:
+        right_C = piece_C == 0
+        if static:
+            right_C &= limit_I[channel_C] >= most
+    listed = column_C[(lowered.origin >= 0) & ~(swept_C & right_C)]
     entries = torch.stack(
-        [chosen, channel_C[chosen], piece_C[chosen], limit_I.long()[channel_C[chosen]]], dim=1
-    )
-    if bool(is_common_I.all()):
-        return entries.to(torch.int32), limit_I.new_empty(0, dtype=torch.uint8), common
+        [listed, channel_C[listed], piece_C[listed], limit_I[channel_C[listed]]], dim=1
+    ).to(torch.int32)
+
+    if not len(wide):
+        return entries, wide, limit_I.new_empty(0, dtype=torch.uint8), common
     bits_I = torch.nn.functional.pad((~is_common_I).to(torch.uint8), (0, -inputs % 8)).view(-1, 8)
     weights = torch.tensor([1 << b for b in range(8)], dtype=torch.uint8, device=device)
-    return entries.to(torch.int32), (bits_I * weights).sum(1, dtype=torch.uint8), common
+    return entries, wide, (bits_I * weights).sum(1, dtype=torch.uint8), common
 
 
 def _fits_sixteenfold(weight: FlatWeight) -> bool:
-    """Whether sums stay within 32 bits when weights are 16 times as large, as unpacking makes them."""
+    """Whether sums stay within 32 bits when weights are 16 times as large, as unpacking has it."""
     room_I = weight.limit.to(torch.int64) + largest_digit(8)
-    digits_1OJ = weight.digits
     for begin in range(0, weight.out_features, _ROWS_AT_ONCE):
-        some = FlatWeight(
-            digits_1OJ[:, begin : begin + _ROWS_AT_ONCE], weight.scale[begin : begin + _ROWS_AT_ONCE],
-            weight.limit, weight.source, weight.bits, weight.in_features,
-        )
+        some = some_rows(weight, begin, begin + _ROWS_AT_ONCE)
         worst = (some.wide().abs().double() @ room_I.double()).amax()
         if 16 * float(worst) >= 2**31:
             return False

@@ -1,6 +1,6 @@
 // y = x W^T in integers for many tokens, on Hopper (wgmma and the bulk copy engine, sm_90a).
 //
-//   acc[n][m] = BASE * (sum over the first high_tiles k-tiles) + (sum over the other k-tiles)   int32
+//   acc[n][m] = base * (sum over the first 32 high columns) + (sum over the other columns)      int32
 //   y[m][n]   = float(acc) * (step[m] * scale[n]) + bias[n]                                     16 bit
 //
 // The weight is the A operand (64 output features a warpgroup), the activations are B (TOKENS tokens), so
@@ -28,7 +28,7 @@ struct Arguments {
   const float* scale;   // [features], readable up to a multiple of FEATURES
   const void* bias;     // [features] or null
   int features, tokens;
-  int k_tiles, high_tiles, base;
+  int k_tiles, high, base;          // tiles of 128 columns; high columns in 32s
   int feature_tiles, token_tiles;
   int group;            // tiles of tokens that go together through all features, so that L2 serves them
   int bias_kind;        // see flat.cuh
@@ -75,70 +75,88 @@ DEVICE float dequantized(int sum, float factor, float bias) {
   return __fadd_rn(__fmul_rn((float)sum, factor), bias);
 }
 
-// One k-tile: 128 inputs in four products.
-DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int add) {
-  const u64 a = descriptor(w);
-  products_begin();
+// The operand of 64 rows and 128 inputs, in four products.
+struct Operand {
+#if WEIGHT_BITS == 8
+  u64 a;
+  DEVICE void load(u32 tile) { a = descriptor(tile); }
+  DEVICE void multiply(int (&sum)[SUMS], int j, u64 x, int add) const { product(sum, a + 2 * j, x + 2 * j, add); }
+#else
+  u32 a[4][4];
+  DEVICE void load(u32 tile) {
 #pragma unroll
-  for (int j = 0; j < 4; j++) product(sum, a + 2 * j, x + 2 * j, j ? 1 : add);
-  products_commit();
-}
-DEVICE void load_operand(u32 (&a)[4][4], u32 w) {
+    for (int half = 0; half < 2; half++) {
+      const uint4 v = load_shared(tile + half * 2048 + (threadIdx.x & 127) * 16);
+      const u32 word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint4 v = load_shared(w + half * 2048);
-    const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[2 * half + i / 2][2 * (i % 2)] = word[i] << 4 & 0xF0F0F0F0;
-      a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
+      for (int i = 0; i < 4; i++) {
+        a[2 * half + i / 2][2 * (i % 2)] = word[i] << 4 & 0xF0F0F0F0;
+        a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
+      }
     }
   }
-}
-DEVICE void multiply_tile(int (&sum)[SUMS], const u32 (&a)[4][4], u64 x, int add) {
-  products_begin();
+  DEVICE void multiply(int (&sum)[SUMS], int j, u64 x, int add) const { product(sum, a[j], x + 2 * j, add); }
+#endif
+};
+
+struct Ring {
+  u32 stages, full, empty;
+  u32 mine;   // bytes from a stage to the weights of this warpgroup
+  Position at;
+
+  DEVICE u32 wait() const {
+    barrier_wait(full + 8 * at.stage, at.parity);
+    return stages + at.stage * STAGE_BYTES;
+  }
+  DEVICE void release(int stage) const { if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * stage); }
+};
+
+// The tiles with high columns, which are few: product by product. Returns their number.
+DEVICE int multiply_high(int (&sum)[SUMS], const Arguments& p, Ring& ring) {
+  const int tiles = p.high / 4 + 1;
+  for (int k = 0; k < tiles; k++) {
+    const u32 stage = ring.wait();
+    Operand w;
+    w.load(stage + ring.mine);
 #pragma unroll
-  for (int j = 0; j < 4; j++) product(sum, a[j], x + 2 * j, j ? 1 : add);
-  products_commit();
+    for (int j = 0; j < 4; j++) {
+      if (4 * k + j == p.high) {
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) sum[i] *= p.base;
+      }
+      products_begin();
+      w.multiply(sum, j, descriptor(stage), k + j);
+      products_commit();
+      products_wait<0>();
+    }
+    ring.release(ring.at.stage);
+    ring.at.next();
+  }
+  return tiles;
 }
 
-// Adds k-tiles to the sums; on return they are complete and all stages are released.
-DEVICE void multiply(int (&sum)[SUMS], int tiles, int add, Position& at, u32 stages, u32 full, u32 empty,
-                     int group) {
-  const int lane = threadIdx.x & 31;
-  const auto release = [&](int stage) { if (lane == 0) barrier_arrive(empty + 8 * stage); };
+// Adds tiles to the sums; on return they are complete and all stages are released.
+DEVICE void multiply(int (&sum)[SUMS], int tiles, int add, Ring& ring) {
   int previous = -1;
-#if WEIGHT_BITS == 8
-  for (int k = 0; k < tiles; k++) {
-    barrier_wait(full + 8 * at.stage, at.parity);
-    const u32 stage = stages + at.stage * STAGE_BYTES;
-    multiply_tile(sum, stage + X_BYTES + group * W_GROUP_BYTES, descriptor(stage), add);
+  const auto step = [&](Operand& w) {
+    const u32 stage = ring.wait();
+    w.load(stage + ring.mine);
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < 4; j++) w.multiply(sum, j, descriptor(stage), j ? 1 : add);
+    products_commit();
     products_wait<1>();
-    if (previous >= 0) release(previous);
-    previous = at.stage;
-    at.next();
-    add = 1;
-  }
-#else
-  u32 even[4][4], odd[4][4];
-  const u32 mine = X_BYTES + group * W_GROUP_BYTES + (threadIdx.x & 127) * 16;
-  const auto step = [&](u32 (&a)[4][4]) {
-    barrier_wait(full + 8 * at.stage, at.parity);
-    const u32 stage = stages + at.stage * STAGE_BYTES;
-    load_operand(a, stage + mine);
-    multiply_tile(sum, a, descriptor(stage), add);
-    products_wait<1>();
-    if (previous >= 0) release(previous);
-    previous = at.stage;
-    at.next();
+    if (previous >= 0) ring.release(previous);
+    previous = ring.at.stage;
+    ring.at.next();
     add = 1;
   };
+  Operand even, odd;   // while the tensor cores read the registers of one, the other is loaded
   int k = 0;
   for (; k + 1 < tiles; k += 2) { step(even); step(odd); }
   if (k < tiles) step(even);
-#endif
   products_wait<0>();
-  if (previous >= 0) release(previous);
+  if (previous >= 0) ring.release(previous);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -159,6 +177,7 @@ flat_linear(const __grid_constant__ Arguments p) {
     if (WEIGHT_BITS == 8) prefetch_map(&p.w);
   }
   __syncthreads();
+  let_next_kernel_start();   // it waits for this one's end, but what it fetches first it may fetch now
   const int tiles = p.feature_tiles * p.token_tiles;
   if (warpgroup == 0) {
     give_registers<FETCH_REGISTERS>();
@@ -190,16 +209,12 @@ flat_linear(const __grid_constant__ Arguments p) {
     const int group = warpgroup - 1, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
     const u32 staged = stages + STAGES * STAGE_BYTES + group * Y_BYTES;
     wait_for_previous_kernel();
-    Position at;
+    Ring ring = {stages, full, empty, (u32)(X_BYTES + group * W_GROUP_BYTES), {}};
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile(p, index);
       int sum[SUMS];
-      if (HORNER) {
-        multiply(sum, p.high_tiles, 0, at, stages, full, empty, group);
-#pragma unroll
-        for (int i = 0; i < SUMS; i++) sum[i] *= p.base;
-      }
-      multiply(sum, p.k_tiles - (HORNER ? p.high_tiles : 0), HORNER, at, stages, full, empty, group);
+      const int begun = HORNER ? multiply_high(sum, p, ring) : 0;
+      multiply(sum, p.k_tiles - begun, HORNER, ring);
       const int feature = tile.feature + group * 64 + warp * 16 + (lane >> 2);
       const float scale[2] = {p.scale[feature], p.scale[feature + 8]};
       const auto bias_at = [&](int i) { return i < p.features ? bias_of(p.bias, p.bias_kind, i) : 0.f; };

@@ -1,7 +1,7 @@
 // y = x W^T in integers on any card from compute capability 8.0: the tensor cores' warp-wide products, of 8
 // bits (m16n8k32) or, with DIGIT_BITS = 4, of 4 bits (m16n8k64), which are integers of hardware on 8.0 to 8.9.
 //
-//   acc[n][m] = base * (sum over the first high_tiles k-tiles) + (sum over the other k-tiles)   int32
+//   acc[n][m] = base * (sum over the first `high` products) + (sum over the others)           int32
 //   y[m][n]   = float(acc) * (step[m] * scale[n]) + bias[n]                                     16 bit
 //
 // Weights and activations are rows of digits: int8, or two 4-bit columns a byte. Both widths are 32 bytes of
@@ -27,7 +27,7 @@ struct Arguments {
   const void* bias;     // [features] or null
   long long pitch, y_stride;
   int features, tokens;
-  int k_tiles, high_tiles, base;
+  int k_tiles, high, base;   // tiles of 128 columns; high columns in products of 32 bytes
   int bias_kind;        // see flat.cuh
 };
 
@@ -73,7 +73,7 @@ flat_mma(const __grid_constant__ Arguments p) {
   const u32 ring = shared_address(dynamic);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const long long feature = (long long)blockIdx.x * FEATURES, token = (long long)blockIdx.y * TOKENS;
-  const int slices = p.k_tiles * SLICES_OF_TILE, high_slices = p.high_tiles * SLICES_OF_TILE;
+  const int slices = p.k_tiles * SLICES_OF_TILE;
   wait_for_previous_kernel();
   const auto fetch = [&](int slice) {
     if (slice < slices) {
@@ -104,16 +104,16 @@ flat_mma(const __grid_constant__ Arguments p) {
     __syncthreads();
     fetch(slice + STAGES - 1);
     const u32 w = ring + slice % STAGES * STAGE_BYTES, x = w + FEATURES * SLICE;
-    if (HORNER && slice == high_slices) {
-#pragma unroll
-      for (int i = 0; i < ROWS16; i++)
-#pragma unroll
-        for (int j = 0; j < COLUMNS8; j++)
-#pragma unroll
-          for (int k = 0; k < 4; k++) sum[i][j][k] *= p.base;
-    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+      if (HORNER && 2 * slice + half == p.high) {   // there are always columns after the high ones
+#pragma unroll
+        for (int i = 0; i < ROWS16; i++)
+#pragma unroll
+          for (int j = 0; j < COLUMNS8; j++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) sum[i][j][k] *= p.base;
+      }
       u32 a[ROWS16][4];
 #pragma unroll
       for (int i = 0; i < ROWS16; i++)   // rows 0-7 and 8-15, then the same 16 bytes further
@@ -132,14 +132,6 @@ flat_mma(const __grid_constant__ Arguments p) {
     }
   }
   wait_copies<0>();
-  if (HORNER && slices == high_slices) {   // no column is ordinary
-#pragma unroll
-    for (int i = 0; i < ROWS16; i++)
-#pragma unroll
-      for (int j = 0; j < COLUMNS8; j++)
-#pragma unroll
-        for (int k = 0; k < 4; k++) sum[i][j][k] *= p.base;
-  }
   let_next_kernel_start();
 #pragma unroll
   for (int i = 0; i < ROWS16; i++)

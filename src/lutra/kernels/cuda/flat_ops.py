@@ -8,8 +8,8 @@ from torch import Tensor
 from lutra.kernels.ops import library
 
 _PREPARED = (
-    "Tensor weight, Tensor scale, Tensor entries, Tensor special, Tensor step, Tensor smooth, "
-    "Tensor form"
+    "Tensor weight, Tensor scale, Tensor entries, Tensor wide, Tensor special, Tensor step, "
+    "Tensor smooth, Tensor form"
 )
 library.define(
     f"cuda_flat_linear(Tensor x, {_PREPARED}, Tensor? bias, int out_features, int in_features) "
@@ -43,35 +43,37 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, inputs: in
 
 @torch.library.register_fake("lutra::cuda_flat_linear", lib=library)
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
-    smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int, in_features: int,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int,
+    in_features: int,
 ) -> Tensor:  # fmt: skip
     _check(x, weight, bias, out_features, in_features)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _linear(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
-    smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int, in_features: int,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int,
+    in_features: int,
 ) -> Tensor:  # fmt: skip
     from lutra.kernels.cuda import flat_products
     from lutra.kernels.cuda.flat_layout import Prepared
 
     _check(x, weight, bias, out_features, in_features)
-    prepared = Prepared(weight, scale, entries, special, step, smooth, form)
+    prepared = Prepared(weight, scale, entries, wide, special, step, smooth, form)
     y = flat_products.linear(x.reshape(-1, in_features), prepared, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("lutra::cuda_flat_quantize", lib=library)
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
-    smooth: Tensor, form: Tensor, in_features: int,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    step: Tensor, smooth: Tensor, form: Tensor, in_features: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from lutra.kernels.cuda.flat_layout import Prepared
     from lutra.kernels.cuda.flat_products import STEP_PADDING
 
-    prepared = Prepared(weight, scale, entries, special, step, smooth, form)
+    prepared = Prepared(weight, scale, entries, wide, special, step, smooth, form)
     tokens = x.numel() // in_features
     q = x.new_empty((tokens, prepared.columns * prepared.digit_bits // 8), dtype=torch.int8)
     steps = (tokens + STEP_PADDING - 1) // STEP_PADDING * STEP_PADDING
@@ -79,13 +81,13 @@ def _(
 
 
 def _quantize(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, special: Tensor, step: Tensor,
-    smooth: Tensor, form: Tensor, in_features: int,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    step: Tensor, smooth: Tensor, form: Tensor, in_features: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from lutra.kernels.cuda import flat_products
     from lutra.kernels.cuda.flat_layout import Prepared
 
-    prepared = Prepared(weight, scale, entries, special, step, smooth, form)
+    prepared = Prepared(weight, scale, entries, wide, special, step, smooth, form)
     return flat_products.quantize(x.reshape(-1, in_features), prepared)
 
 

@@ -27,7 +27,7 @@ BLOCK_RESERVE = 1024 + 512  # alignment of the tiles, and barriers
 PROCESSOR_RESERVE = 1024  # of shared memory, for each block of a processor
 STEP_PADDING = 256  # tokens; kernels read steps of whole tiles
 MAX_FEW_TOKENS = 64
-MAX_INPUTS = 1024 * 16 * 8
+SMALL_WEIGHT = 24 << 20
 _X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _BIAS_KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 BIAS_DTYPES = tuple(_BIAS_KINDS)
@@ -40,31 +40,53 @@ class _QuantizeArguments(ctypes.Structure):
     _fields_ = [
         ("x", ctypes.c_void_p), ("q", ctypes.c_void_p), ("step", ctypes.c_void_p),
         ("static_step", ctypes.c_void_p), ("smooth", ctypes.c_void_p),
-        ("special", ctypes.c_void_p), ("entries", ctypes.c_void_p),
+        ("special", ctypes.c_void_p), ("wide", ctypes.c_void_p), ("entries", ctypes.c_void_p),
         ("x_stride", ctypes.c_longlong), ("q_stride", ctypes.c_longlong),
         ("inputs", ctypes.c_int), ("first", ctypes.c_int),
-        ("entry_count", ctypes.c_int), ("limit", ctypes.c_int),
+        ("wide_count", ctypes.c_int), ("entry_count", ctypes.c_int),
+        ("limit", ctypes.c_int), ("clamp", ctypes.c_int),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """Threads of a block, and the vectors of 8 channels that each of them keeps."""
+    """A block of `flat_quantize.cu`.
+
+    Attributes:
+        threads: of the block.
+        vectors: of 8 channels, for each thread.
+        hold: whether they stay in registers between the two passes over a token, not in shared
+            memory.
+        blocks: that a processor should have room for; bounds the registers of a thread.
+    """
 
     threads: int
     vectors: int
+    hold: bool
+    blocks: int
+
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of 16-bit activations; twice that for float32."""
+        return 0 if self.hold else self.threads * self.vectors * 16
+
+
+def max_inputs(device: Card) -> int:
+    """Inputs of the widest layer: a block holds one token of 16-bit activations."""
+    return (device.shared_bytes - 1024) // (16 * 1024) * 8 * 1024
 
 
 @cache
 def quantize_plan(inputs: int, tokens: int) -> QuantizePlan:
     """Many tokens: blocks so small that several share a processor. Few: short ways in each."""
-    vectors = -(-inputs // 8)
-    if tokens <= 64:
-        threads = min(1024, max(64, 1 << (vectors - 1).bit_length() if vectors > 1 else 64))
-    else:
-        threads = 128 if vectors <= 512 else 256 if vectors <= 2048 else 512
-        threads = 1024 if vectors > 4096 else threads
-    return QuantizePlan(threads, max(1, -(-vectors // threads)))
+    vectors = max(1, -(-inputs // 8))
+    most, least_each = (1024, 1) if tokens <= MAX_FEW_TOKENS else (512, 2)
+    each = max(least_each, -(-vectors // most))
+    if each > 4:
+        return QuantizePlan(most, each, False, 1024 // most)
+    threads = -(-vectors // each // 32) * 32
+    return QuantizePlan(threads, each, True, max(1, 1024 // threads))
 
 
 def quantize_instance(
@@ -77,7 +99,8 @@ def quantize_instance(
     """
     return "flat_quantize", {
         "X_TYPE": _X_TYPES[dtype], "VECTORS": plan.vectors, "THREADS": plan.threads,
-        "SMOOTH": int(smooth), "WIDTH": digit_bits, "ALIGNED": int(aligned),
+        "BLOCKS": plan.blocks, "HOLD": int(plan.hold), "SMOOTH": int(smooth),
+        "WIDTH": digit_bits, "ALIGNED": int(aligned),
     }  # fmt: skip
 
 
@@ -86,7 +109,12 @@ def _quantizer(
 ) -> Function:
     smooth = prepared.smooth.numel() > 0
     name, defines = quantize_instance(plan, dtype, prepared.digit_bits, smooth, aligned)
-    return function(name, defines, device)
+    shared = plan.shared_bytes * dtype.itemsize // 2
+    if shared + 1024 > device.shared_bytes:
+        raise KernelError(
+            f"a block on {device.name} cannot hold {shared} bytes, a token of {dtype} activations"
+        )
+    return function(name, defines, device, shared)
 
 
 def quantize(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
@@ -110,8 +138,9 @@ def quantize(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
     plan = quantize_plan(inputs, tokens)
     arguments = _QuantizeArguments(
         x.data_ptr(), q.data_ptr(), step.data_ptr(), _pointer(prepared.step),
-        _pointer(prepared.smooth), _pointer(prepared.special), _pointer(prepared.entries),
-        stride, pitch, inputs, prepared.high, len(prepared.entries), prepared.limit,
+        _pointer(prepared.smooth), _pointer(prepared.special), _pointer(prepared.wide),
+        _pointer(prepared.entries), stride, pitch, inputs, prepared.high, len(prepared.wide),
+        len(prepared.entries), prepared.limit, prepared.clamp,
     )
     run = _quantizer(plan, x.dtype, prepared, aligned, device)
     run(arguments, (tokens, 1, 1), plan.threads)
@@ -142,8 +171,9 @@ class Job:
         return self.columns // COLUMN_TILE
 
     @property
-    def high_tiles(self) -> int:
-        return self.high // COLUMN_TILE
+    def high_products(self) -> int:
+        """High columns, in products of 32 bytes."""
+        return self.high * self.digit_bits // 256
 
     @property
     def base(self) -> int:
@@ -170,7 +200,7 @@ class _LinearArguments(ctypes.Structure):
         ("packed", ctypes.c_void_p), ("step", ctypes.c_void_p), ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("features", ctypes.c_int), ("tokens", ctypes.c_int),
-        ("k_tiles", ctypes.c_int), ("high_tiles", ctypes.c_int), ("base", ctypes.c_int),
+        ("k_tiles", ctypes.c_int), ("high", ctypes.c_int), ("base", ctypes.c_int),
         ("feature_tiles", ctypes.c_int), ("token_tiles", ctypes.c_int), ("group", ctypes.c_int),
         ("bias_kind", ctypes.c_int), ("padding", ctypes.c_byte * 60),
     ]  # fmt: skip
@@ -182,7 +212,7 @@ class _FewArguments(ctypes.Structure):
         ("packed", ctypes.c_void_p), ("step", ctypes.c_void_p), ("scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p), ("y_stride", ctypes.c_longlong),
         ("features", ctypes.c_int), ("tokens", ctypes.c_int),
-        ("k_tiles", ctypes.c_int), ("high_tiles", ctypes.c_int), ("base", ctypes.c_int),
+        ("k_tiles", ctypes.c_int), ("high", ctypes.c_int), ("base", ctypes.c_int),
         ("bias_kind", ctypes.c_int), ("padding", ctypes.c_byte * 56),
     ]  # fmt: skip
 
@@ -193,7 +223,7 @@ class _MmaArguments(ctypes.Structure):
         ("step", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p),
         ("pitch", ctypes.c_longlong), ("y_stride", ctypes.c_longlong),
         ("features", ctypes.c_int), ("tokens", ctypes.c_int),
-        ("k_tiles", ctypes.c_int), ("high_tiles", ctypes.c_int), ("base", ctypes.c_int),
+        ("k_tiles", ctypes.c_int), ("high", ctypes.c_int), ("base", ctypes.c_int),
         ("bias_kind", ctypes.c_int),
     ]  # fmt: skip
 
@@ -252,15 +282,19 @@ def linear_plans(job: Job, device: Card) -> Iterator[LinearPlan]:
 def few_plans(job: Job, device: Card) -> Iterator[FewPlan]:
     """Ways to run few tokens, the one that rule takes first."""
     rows = _WARPGROUPS * 64
-    tokens = next((t for t in (8, 16, 32, 64) if t >= job.tokens), 64)
-    blocks = 2
-    room = device.processor_shared_bytes // blocks - PROCESSOR_RESERVE - BLOCK_RESERVE
+    tokens = next((t for t in (8, 16, 32, 64) if t >= job.tokens), 128)
+    blocks = 1 if tokens == 128 else 2
+    room = min(
+        device.processor_shared_bytes // blocks - PROCESSOR_RESERVE, device.shared_bytes
+    ) - BLOCK_RESERVE
     stages = room // job.stage_bytes(tokens, rows)
     tiles = -(-job.rows // rows) * -(-job.tokens // tokens)
 
     def cost(split: int) -> float:
-        waves = -(-tiles * split // (device.processors * blocks))
-        return waves * (-(-job.k_tiles // split) + 4)
+        # Measured on an H200: larger clusters do not find room for all their blocks at once, and
+        # each block more costs as much as one and a half tiles of inputs.
+        slots = device.processors * blocks * (0.85 if split > 2 else 1.0)
+        return -(-tiles * split // int(slots)) * (-(-job.k_tiles // split) + 4 + 1.5 * split)
 
     for split in sorted(range(1, min(8, job.k_tiles) + 1), key=cost):
         yield FewPlan(tokens, stages, blocks, split)
@@ -277,9 +311,12 @@ def choose(job: Job, device: Card) -> tuple[Plan, str]:
     """The plan of a product, and why."""
     if device.capability[0] != 9:
         return next(mma_plans(job, device)), f"{device.arch} has no wgmma"
-    if job.tokens <= MAX_FEW_TOKENS:
-        return next(few_plans(job, device)), f"by rule: up to {MAX_FEW_TOKENS} tokens"
-    return next(linear_plans(job, device)), f"by rule: more than {MAX_FEW_TOKENS} tokens"
+    limit = MAX_FEW_TOKENS
+    if job.rows * job.columns <= SMALL_WEIGHT:
+        limit *= 2  # so few tiles that most processors would have none
+    if job.tokens <= limit:
+        return next(few_plans(job, device)), f"by rule: up to {limit} tokens"
+    return next(linear_plans(job, device)), f"by rule: more than {limit} tokens"
 
 
 def instance(plan: Plan, job: Job) -> tuple[str, dict[str, int], int]:
@@ -319,7 +356,7 @@ def run(
     bias_pointer = None if bias is None else bias.data_ptr()
     bias_kind = 0 if bias is None else _BIAS_KINDS[bias.dtype]
     scale, steps = prepared.scale.data_ptr(), step.data_ptr()
-    tiles = job.k_tiles, job.high_tiles, job.base
+    tiles = job.k_tiles, job.high_products, job.base
     rows = _WARPGROUPS * 64
     if isinstance(plan, MmaPlan):
         mma = _MmaArguments(
@@ -429,7 +466,8 @@ def load_all(
     """
     device = card(prepared.weight.device.index)
     for count in tokens:
-        _quantizer(quantize_plan(inputs, count), dtype, prepared, inputs % 8 == 0, device)
+        plan_q = quantize_plan(inputs, count)
+        _quantizer(plan_q, dtype, prepared, inputs % 8 == 0, device)
         job = job_of(prepared, rows, count, dtype)
         plans: list[Plan] = [choose(job, device)[0]]
         if isinstance(plans[0], LinearPlan):

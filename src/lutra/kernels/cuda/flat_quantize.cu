@@ -8,15 +8,17 @@
 // All in float32 with divisions as IEEE has them, so the integers are those of the reference, bit for bit.
 // A token with a NaN or an infinity has integers 0 and a step of NaN.
 //
-// Most channels have the same limit and are one column, in order: these are swept in vectors of 8 that stay
-// in registers between the two passes. The others are listed as entries (column, source, piece, limit), and
-// the bits of `special` keep them out of the sweep's maximum. The sweep multiplies by 1 / step and divides
-// only where the product is so near to a half that the two could round apart.
+// Most channels have the same limit and are one column, in order: these are swept in vectors of 8. Channels
+// with another limit are listed in `wide`, and the bits of `special` keep them out of the sweep's maximum.
+// Columns that the sweep does not leave as they must be (further pieces, digits) are listed in `entries`.
+// The sweep multiplies by 1 / step and corrects the quotient twice by its remainder, which gives what division
+// gives (Markstein 1990) unless something underflows; tokens with very small or large steps are divided.
 //
 // Columns that no entry names and no channel fills are not written: their weights are 0.
 //
-// -D: X_TYPE 0 half | 1 bf16 | 2 float, VECTORS (of 8 channels, per thread), THREADS, SMOOTH 0|1, WIDTH 8|4
-// (bits of a column; with 4, two columns are a byte), ALIGNED 0|1 (rows of x start at multiples of 16 bytes).
+// -D: X_TYPE 0 half | 1 bf16 | 2 float, VECTORS (of 8 channels, per thread), THREADS, BLOCKS (of a processor),
+// HOLD 0|1 (vectors stay in registers between the two passes, else in shared memory), SMOOTH 0|1, WIDTH 8|4 (bits of a column; with 4, two columns are a byte), ALIGNED 0|1 (rows of x start at multiples
+// of 16 bytes). Grid: tokens.
 
 #include "flat.cuh"
 
@@ -27,10 +29,12 @@ struct Arguments {
   const float* static_step; // [1] or null
   const float* smooth;      // [inputs]
   const unsigned char* special;   // [ceil(inputs / 8)], bit b is channel 8 i + b; or null
+  const int2* wide;         // channel, limit
   const int4* entries;      // column, source, piece, limit
   long long x_stride, q_stride;
   int inputs, first;        // column of channel 0
-  int entry_count, limit;   // of the channels that are swept
+  int wide_count, entry_count;
+  int limit, clamp;         // of the channels that are swept; what the sweep cuts at
 };
 
 constexpr int RAW = X_TYPE == 2 ? 8 : 4;        // words of a vector
@@ -39,9 +43,11 @@ constexpr int BASE = 2 * DIGIT + 1;
 constexpr float SMALLEST_STEP = 1.17549435e-38f;
 constexpr float MAGIC = 12582912.f;             // 1.5 * 2^23: adding it rounds to an integer, half to even
 
-DEVICE float max_or_nan(float a, float b) {
-  float m;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b));
+// Absolute values are compared as integers: that is their order, with infinity and NaN above all.
+DEVICE u32 absolute(float f) { return __float_as_uint(f) & 0x7FFFFFFF; }
+DEVICE u32 warp_max(u32 v) {
+  u32 m;
+  asm("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(m) : "r"(v));
   return m;
 }
 DEVICE u32 max_pair(u32 a, u32 b) {   // of two halves or bf16, NaN wins
@@ -58,11 +64,12 @@ struct Vector {
     if (X_TYPE == 2) return __uint_as_float(raw[i]);
     return to_float((u16)(raw[i / 2] >> (i % 2 * 16)));
   }
-  DEVICE void drop(int i) {
-    if (X_TYPE == 2) raw[i] = 0;
-    else raw[i / 2] &= i % 2 ? 0xFFFFu : 0xFFFF0000u;
-  }
 };
+
+DEVICE void copy16_async(u32 shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(global) : "memory");
+}
+DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 DEVICE float load_one(const Arguments& p, const char* row, int channel) {
   const float x = X_TYPE == 2 ? ((const float*)row)[channel] : to_float(((const u16*)row)[channel]);
@@ -107,149 +114,187 @@ DEVICE int piece_of(int q, int piece) {
   return piece == -1 ? q - BASE * high : part(high, -2 - piece);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// The largest absolute value of a vector's channels but those of `special`, as bits of a float.
+DEVICE u32 largest_of(const Arguments& p, const Vector& v, int vector) {
+  const u32 special = p.special ? p.special[vector] : 0;
+  if (SMOOTH || X_TYPE == 2) {
+    u32 m = 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) if (!(special >> j & 1)) m = max(m, absolute(value(p, v, vector, j)));
+    return m;
+  }
+  u32 pair = 0;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    u32 word = v.raw[j] & 0x7FFF7FFFu;
+    if (special) word &= (special >> 2 * j & 1 ? 0 : 0xFFFFu) | (special >> 2 * j & 2 ? 0 : 0xFFFF0000u);
+    pair = max_pair(pair, word);
+  }
+  return max(absolute(to_float((u16)pair)), absolute(to_float((u16)(pair >> 16))));
+}
+
+// x / step, rounded as division rounds it; both far from the ends of the range.
+DEVICE float quotient(float x, float step, float inverse) {
+  float q = x * inverse;
+  q = fmaf(fmaf(-q, step, x), inverse, q);
+  return fmaf(fmaf(-q, step, x), inverse, q);
+}
+// The integers of a vector: in the low bits of 8 words.
+DEVICE void integers_of(u32 (&out)[8], const Arguments& p, const Vector& v, int vector, float step, float inverse) {
+  const float limit = (float)p.clamp;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float q = quotient(value(p, v, vector, j), step, inverse);
+    out[j] = __float_as_uint(__fadd_rn(fminf(fmaxf(q, -limit), limit), MAGIC));
+  }
+}
+DEVICE int integer_of(float x, float step, int limit) {
+  const float wide = (float)limit;
+  return step == step ? (int)fminf(fmaxf(rintf(__fdiv_rn(x, step)), -wide), wide) : 0;
+}
+
+DEVICE void store_integers(const u32 (&byte)[8], const Arguments& p, char* out, int vector) {
+  const int left = p.inputs - vector * 8;
+#if WIDTH == 8
+  const u32 low = __byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410);
+  const u32 high = __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410);
+  char* at = out + p.first + vector * 8;
+  if (left >= 8) *(uint2*)at = make_uint2(low, high);
+  else {
+    for (int j = 0; j < left; j++) at[j] = (char)(j < 4 ? low >> 8 * j : high >> 8 * (j - 4));
+  }
+#else
+  u32 word = 0;
+#pragma unroll
+  for (int j = 0; j < 8; j++) word |= (byte[j] & 15) << 4 * j;
+  char* at = out + p.first / 2 + vector * 4;
+  if (left >= 8) *(u32*)at = word;
+  else {   // the upper half of the last byte may be an entry's column, which comes after this
+    for (int j = 0; j < (left + 1) / 2; j++) at[j] = (char)(word >> 8 * j);
+  }
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 flat_quantize(const __grid_constant__ Arguments p) {
-  __shared__ float maxima[THREADS / 32];
-  __shared__ float token_step;
-  wait_for_previous_kernel();
+  __shared__ u32 maxima[THREADS / 32];
+#if HOLD == 0
+  extern __shared__ __align__(16) uint4 rows[];   // [VECTORS][RAW / 4][THREADS]
+#endif
+  const int thread = threadIdx.x;
+  // What this thread does besides the sweep, as far as it fits a turn: fetched before the activations are there.
+  const bool has_wide = thread < p.wide_count, has_entry = thread < p.entry_count;
+  const int2 wide = has_wide ? p.wide[thread] : make_int2(0, 1);
+  const int4 entry = has_entry ? p.entries[thread] : make_int4(0, 0, 0, 1);
   let_next_kernel_start();
+  wait_for_previous_kernel();
   const long long token = blockIdx.x;
   const char* row = (const char*)p.x + token * p.x_stride * (X_TYPE == 2 ? 4 : 2);
   char* out = p.q + token * p.q_stride;
-  Vector v[VECTORS];
+  Vector held[HOLD ? VECTORS : 1];
 #pragma unroll
   for (int i = 0; i < VECTORS; i++) {
-    const int vector = i * THREADS + threadIdx.x;
-    if (vector * 8 < p.inputs) load_vector(v[i], p, row, vector);
-    else {
-#pragma unroll
-      for (int w = 0; w < RAW; w++) v[i].raw[w] = 0;
-    }
-  }
-  if (p.special) {
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++) {
-      const int vector = i * THREADS + threadIdx.x;
-      const u32 bits = vector * 8 < p.inputs ? p.special[vector] : 0;
-      if (bits) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) if (bits >> j & 1) v[i].drop(j);
-      }
-    }
-  }
-  float largest = 0.f;
-  if (SMOOTH || X_TYPE == 2) {
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        largest = max_or_nan(largest, fabsf(value(p, v[i], i * THREADS + threadIdx.x, j)));
-  } else {
-    u32 pair = 0;
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++)
-#pragma unroll
-      for (int j = 0; j < RAW; j++) pair = max_pair(pair, v[i].raw[j] & 0x7FFF7FFFu);
-    largest = max_or_nan(to_float((u16)pair), to_float((u16)(pair >> 16)));
-  }
-  largest = __fdiv_rn(largest, (float)p.limit);   // division keeps the order, so it may come after the maximum
-  for (int e = threadIdx.x; e < p.entry_count; e += THREADS) {
-    const int4 entry = p.entries[e];
-    largest = max_or_nan(largest, __fdiv_rn(fabsf(load_one(p, row, entry.y)), (float)entry.w));
-  }
-#pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2)
-    largest = max_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
-  if ((threadIdx.x & 31) == 0) maxima[threadIdx.x / 32] = largest;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    largest = threadIdx.x < THREADS / 32 ? maxima[threadIdx.x] : 0.f;
-#pragma unroll
-    for (int lanes = THREADS / 64; lanes; lanes /= 2)
-      largest = max_or_nan(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lanes));
-    if (threadIdx.x == 0) {
-      const bool sound = largest < __int_as_float(0x7F800000);   // false for NaN
-      float step = p.static_step ? *p.static_step : fmaxf(largest, SMALLEST_STEP);
-      if (!sound) step = __int_as_float(0x7FC00000);
-      token_step = step;
-      p.step[token] = step;
-    }
-  }
-  __syncthreads();
-  const float step = token_step;
-  const bool sound = step == step;
-  const float inverse = __fdiv_rn(1.f, step);
-  const bool divide = !(inverse > 1e-37f);   // then the inverse is not exact enough
-  const float limit = (float)p.limit;
-#pragma unroll
-  for (int i = 0; i < VECTORS; i++) {
-    const int vector = i * THREADS + threadIdx.x;
+    const int vector = i * THREADS + thread;
     if (vector * 8 >= p.inputs) continue;
-    float r[8];
-    float near = divide ? 1.f : 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float exact = value(p, v[i], vector, j) * inverse;
-      const float clamped = fminf(fmaxf(exact, -limit), limit);
-      r[j] = __fadd_rn(clamped, MAGIC);
-      near = fmaxf(near, fabsf(clamped - __fadd_rn(r[j], -MAGIC)));
-    }
-    if (near > 0.4999f) {
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        r[j] = __fadd_rn(fminf(fmaxf(__fdiv_rn(value(p, v[i], vector, j), step), -limit), limit), MAGIC);
-    }
-    if (!sound) {
-#pragma unroll
-      for (int j = 0; j < 8; j++) r[j] = MAGIC;
-    }
-    u32 byte[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) byte[j] = __float_as_uint(r[j]);
-    const int left = p.inputs - vector * 8;
-#if WIDTH == 8
-    const u32 low = __byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410);
-    const u32 high = __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410);
-    char* at = out + p.first + vector * 8;
-    if (left >= 8) *(uint2*)at = make_uint2(low, high);
-    else {
-      for (int j = 0; j < left; j++) at[j] = (char)(j < 4 ? low >> 8 * j : high >> 8 * (j - 4));
-    }
+#if HOLD
+    load_vector(held[i], p, row, vector);
 #else
-    u32 word = 0;   // columns past the last channel belong to entries or to nobody
+    if (ALIGNED && vector * 8 + 8 <= p.inputs) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) word |= (byte[j] & 15) << 4 * j;
-    char* at = out + p.first / 2 + vector * 4;
-    if (left >= 8) *(u32*)at = word;
-    else {
-      for (int j = 0; j < (left + 1) / 2; j++) at[j] = (char)(word >> 8 * j);
+      for (int w = 0; w < RAW / 4; w++)
+        copy16_async(shared_address(rows + (i * (RAW / 4) + w) * THREADS + thread),
+                     (const uint4*)row + vector * (RAW / 4) + w);
+    } else {
+      load_vector(held[0], p, row, vector);
+#pragma unroll
+      for (int w = 0; w < RAW / 4; w++)
+        rows[(i * (RAW / 4) + w) * THREADS + thread] =
+          make_uint4(held[0].raw[4 * w], held[0].raw[4 * w + 1], held[0].raw[4 * w + 2], held[0].raw[4 * w + 3]);
     }
 #endif
+  }
+  const float x_wide = load_one(p, row, wide.x), x_entry = load_one(p, row, entry.y);
+  const auto take = [&](int i) -> const Vector& {   // a thread keeps its own vectors: no barrier
+#if HOLD
+    return held[i];
+#else
+#pragma unroll
+    for (int w = 0; w < RAW / 4; w++) {
+      const uint4 four = rows[(i * (RAW / 4) + w) * THREADS + thread];
+      held[0].raw[4 * w] = four.x; held[0].raw[4 * w + 1] = four.y;
+      held[0].raw[4 * w + 2] = four.z; held[0].raw[4 * w + 3] = four.w;
+    }
+    return held[0];
+#endif
+  };
+#if HOLD == 0
+  wait_copies();
+#endif
+  u32 most = 0;
+#pragma unroll
+  for (int i = 0; i < VECTORS; i++) {
+    const int vector = i * THREADS + thread;
+    if (vector * 8 < p.inputs) most = max(most, largest_of(p, take(i), vector));
+  }
+  // Division keeps the order, so it may come after the maximum.
+  most = absolute(__fdiv_rn(__uint_as_float(warp_max(most)), (float)p.limit));
+  if (has_wide) most = max(most, absolute(__fdiv_rn(x_wide, (float)wide.y)));
+  for (int e = thread + THREADS; e < p.wide_count; e += THREADS)
+    most = max(most, absolute(__fdiv_rn(load_one(p, row, p.wide[e].x), (float)p.wide[e].y)));
+  __syncwarp();
+  most = warp_max(most);
+  if ((thread & 31) == 0) maxima[thread / 32] = most;
+  __syncthreads();
+  most = warp_max((thread & 31) < THREADS / 32 ? maxima[thread & 31] : 0);
+  const bool sound = most < 0x7F800000u;   // neither infinity nor NaN
+  float step = p.static_step ? *p.static_step : fmaxf(__uint_as_float(most), SMALLEST_STEP);
+  if (!sound) step = __int_as_float(0x7FC00000);
+  if (thread == 0) p.step[token] = step;
+  if (step > 1e-30f && step < 1e30f) {
+    const float inverse = __fdiv_rn(1.f, step);
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+      const int vector = i * THREADS + thread;
+      if (vector * 8 >= p.inputs) continue;
+      u32 integers[8];
+      integers_of(integers, p, take(i), vector, step, inverse);
+      store_integers(integers, p, out, vector);
+    }
+  } else {
+    for (int vector = thread; vector * 8 < p.inputs; vector += THREADS) {
+      u32 integers[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) integers[j] = 0;
+#pragma unroll 1
+      for (int j = 0; j < 8; j++) {
+        const int q = vector * 8 + j < p.inputs ? integer_of(load_one(p, row, vector * 8 + j), step, p.clamp) : 0;
+#pragma unroll
+        for (int at = 0; at < 8; at++) if (at == j) integers[at] = (u32)q;
+      }
+      store_integers(integers, p, out, vector);
+    }
   }
   if (p.entry_count == 0) return;
   __syncthreads();   // entries write over what the sweep left in their columns
 #if WIDTH == 8
-  for (int e = threadIdx.x; e < p.entry_count; e += THREADS) {
-    const int4 entry = p.entries[e];
-    const float wide = (float)entry.w;
-    const float r = fminf(fmaxf(rintf(__fdiv_rn(load_one(p, row, entry.y), step)), -wide), wide);
-    out[entry.x] = (char)(sound ? piece_of((int)r, entry.z) : 0);
+  if (has_entry) out[entry.x] = (char)piece_of(integer_of(x_entry, step, entry.w), entry.z);
+  for (int e = thread + THREADS; e < p.entry_count; e += THREADS) {
+    const int4 next = p.entries[e];
+    out[next.x] = (char)piece_of(integer_of(load_one(p, row, next.y), step, next.w), next.z);
   }
 #else
-  // Two columns share a byte, so entries are sorted by column and one thread writes both of a byte.
-  for (int e = threadIdx.x; e < p.entry_count; e += THREADS) {
-    const int4 entry = p.entries[e];
-    if (e > 0 && (entry.x & 1) && p.entries[e - 1].x == entry.x - 1) continue;
-    const auto digit = [&](const int4& entry) {
-      const float wide = (float)entry.w;
-      const float r = fminf(fmaxf(rintf(__fdiv_rn(load_one(p, row, entry.y), step)), -wide), wide);
-      return (u32)(sound ? piece_of((int)r, entry.z) : 0) & 15;
-    };
-    u32 byte = (unsigned char)out[entry.x / 2];
-    byte = entry.x & 1 ? (byte & 0x0F) | digit(entry) << 4 : (byte & 0xF0) | digit(entry);
-    if (!(entry.x & 1) && e + 1 < p.entry_count && p.entries[e + 1].x == entry.x + 1)
+  // Two columns share a byte: entries are sorted by column, and one thread writes both of a byte.
+  const auto digit = [&](const int4& of) {
+    return (u32)piece_of(integer_of(load_one(p, row, of.y), step, of.w), of.z) & 15;
+  };
+  for (int e = thread; e < p.entry_count; e += THREADS) {
+    const int4 here = p.entries[e];
+    if (e > 0 && (here.x & 1) && p.entries[e - 1].x == here.x - 1) continue;
+    u32 byte = (unsigned char)out[here.x / 2];
+    byte = here.x & 1 ? (byte & 0x0F) | digit(here) << 4 : (byte & 0xF0) | digit(here);
+    if (!(here.x & 1) && e + 1 < p.entry_count && p.entries[e + 1].x == here.x + 1)
       byte = (byte & 0x0F) | digit(p.entries[e + 1]) << 4;
-    out[entry.x / 2] = (char)byte;
+    out[here.x / 2] = (char)byte;
   }
 #endif
 }
