@@ -133,7 +133,7 @@ def bench_model(
             if isinstance(module, QuantizedLinear):
                 module.prepare_if_local(embedding.dtype)
         if total is not None:
-            total.use_direct(embedding.dtype, embedding.device, 64 * model.config.hidden_size)
+            total.use_direct(embedding.device, 64 * model.config.hidden_size)
         rows = []
         for length in prompts:
             for sequences in batches:

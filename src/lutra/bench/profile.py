@@ -20,6 +20,7 @@ from lutra.nn import QuantizedLinear
 
 #: Parts of a token by what a kernel's name contains, in the order in which they are tried.
 _PARTS = (
+    ("communication", r"nccl|AllReduce|all_reduce|token_sum"),
     ("norms", r"token_norm|layer_norm|rms_norm|RowwiseMoments"),
     ("attention", r"token_attention|flash|fmha|attention|softmax"),
     ("activation", r"token_activation|silu|relu"),
@@ -28,7 +29,6 @@ _PARTS = (
         r"_linear|^arrange|dequantize|gemm|gemv|nvjet|cutlass|splitK|cublas|xmma",
     ),
     ("choice of the token", r"ArgMax|argmax|reduce_kernel"),
-    ("communication", r"nccl|AllReduce|all_reduce"),
 )
 OTHER = "other"
 

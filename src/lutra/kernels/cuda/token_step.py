@@ -63,6 +63,19 @@ class _AttentionArguments(ctypes.Structure):
     ]
 
 
+class _SumArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("received", ctypes.c_void_p * 8),
+        ("calls", ctypes.c_void_p),
+        ("rank", ctypes.c_int),
+        ("ranks", ctypes.c_int),
+        ("packets", ctypes.c_int),
+        ("capacity", ctypes.c_int),
+    ]
+
+
 @dataclass(frozen=True)
 class AttentionShape:
     """Shape of the attention of one layer.
@@ -141,7 +154,7 @@ def add_norm(
     rows, features = x.shape
     y = torch.empty_like(x)
     h = x if delta is None else torch.empty_like(x)
-    threads = 512 if features <= 4096 else 1024
+    threads = 512
     vectors = -(-features // (8 * threads))
     kernel = _function(
         "token_norm", x, THREADS=threads, VECTORS=vectors, LAYER_NORM=int(layer_norm)
@@ -226,6 +239,49 @@ def attention(
     parts = parts_of(shape, batch, keys.shape[2], qkv.device)
     kernel(arguments, (parts, shape.kv_heads, batch), 32 * warps, parts)
     return y
+
+
+class DirectSum:
+    """Sums over the GPUs of a host, through memory that all of them can write.
+
+    Args:
+        received: addresses of every rank's buffer of :meth:`bytes_for` bytes, as this process sees
+            them; zero at first.
+        rank: this process.
+        most: values of the largest sum.
+        device: this process's GPU.
+    """
+
+    VALUES = 4  # of a packet of 16 bytes
+
+    def __init__(self, received: list[int], rank: int, most: int, device: torch.device) -> None:
+        self.received, self.rank = received, rank
+        self.capacity = -(-most // self.VALUES)
+        self.calls = torch.zeros(-(-self.capacity // 256), dtype=torch.int32, device=device)
+
+    @classmethod
+    def bytes_for(cls, most: int, ranks: int) -> int:
+        """Size of a rank's buffer."""
+        return 2 * ranks * -(-most // cls.VALUES) * 16
+
+    def takes(self, x: Tensor) -> bool:
+        return (
+            x.numel() % self.VALUES == 0
+            and x.numel() // self.VALUES <= self.capacity
+            and x.dtype in (torch.float16, torch.bfloat16)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, the same bits on all of them."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        packets = x.numel() // self.VALUES
+        arguments = _SumArguments(
+            x.data_ptr(), y.data_ptr(), (ctypes.c_void_p * 8)(*self.received),
+            self.calls.data_ptr(), self.rank, len(self.received), packets, self.capacity,
+        )  # fmt: skip
+        _function("token_sum", x)(arguments, (-(-packets // 256), 1, 1), 256)
+        return y
 
 
 def _attention_by_torch(
