@@ -361,7 +361,7 @@ def run_child(level: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", CHILD],
         env={**os.environ, "PYTHONPATH": path, "LUTRA_CPU_ISA": level},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )
 
 

@@ -179,10 +179,22 @@ struct Call {
 
 int team_of(int threads) { return threads < 1 ? 1 : least(threads, kMaxThreads); }
 
-// A stored digit, and back.
+// A stored digit.
 int digit(const uint32_t* row, int bits, int column) {
   if (bits == 8) return (int8_t)(row[column / 4] >> (column % 4 * 8));
   return (int8_t)(row[column / 8] >> (column % 8 * 4) << 4) >> 4;
+}
+
+// 64 stored digits from column `first` on, a multiple of 64, as unsigned bytes.
+void neighbours(const uint32_t* row, int bits, int first, uint8_t* dst) {
+  const uint8_t* from = (const uint8_t*)row + (size_t)first * bits / 8;
+  if (bits == 8)
+    for (int i = 0; i < kFlatColumns; i++) dst[i] = from[i] ^ 128;
+  else
+    for (int i = 0; i < kFlatColumns / 2; i++) {
+      dst[2 * i] = (from[i] & 15) ^ 8;
+      dst[2 * i + 1] = (from[i] >> 4) ^ 8;
+    }
 }
 
 }  // namespace
@@ -191,26 +203,37 @@ void flat_prepare(const FlatWeight& w, const uint32_t* digits, int words, const 
                   int threads) {
   const int tiles = (w.out + 15) / 16, depth = w.columns / kFlatColumns;
   const int zero = 1 << (w.bits - 1);
+  const auto whole = [&](const int32_t* columns) {  // 64 neighbours, and from a word on
+    bool same = columns[0] >= 0 && columns[0] % kFlatColumns == 0;
+    for (int i = 1; i < kFlatColumns; i++) same &= columns[i] == columns[0] + i;
+    return same;
+  };
   auto work = [&](int tile, int) {
     uint8_t* dst = (uint8_t*)w.data + (size_t)tile * depth * tile_bytes(w);
-    for (int k = 0; k < depth; k++, dst += tile_bytes(w))
+    const int outputs = least(16, w.out - tile * 16);
+    for (int k = 0; k < depth; k++, dst += tile_bytes(w)) {
+      const int32_t* columns = origin + k * kFlatColumns;
+      const bool neighbouring = whole(columns);
       for (int n = 0; n < 16; n++) {
+        const uint32_t* from = digits + (size_t)(tile * 16 + n) * words;
         uint8_t row[kFlatColumns];
-        const int output = tile * 16 + n;
-        for (int i = 0; i < kFlatColumns; i++) {
-          const int column = output < w.out ? origin[k * kFlatColumns + i] : -1;
-          row[i] = (uint8_t)(zero + (column < 0 ? 0 : digit(digits + (size_t)output * words, w.bits,
-                                                            column)));
-        }
-        for (int quad = 0; quad < 16; quad += w.bits == 4 ? 2 : 1) {
-          uint8_t four[4];
-          for (int i = 0; i < 4; i++) {
-            four[i] = row[quad * 4 + i];
-            if (w.bits == 4) four[i] |= (uint8_t)(row[quad * 4 + 4 + i] << 4);
-          }
-          memcpy(dst + quad * 8 * w.bits + n * 4, four, 4);
-        }
+        if (n >= outputs)
+          memset(row, zero, sizeof row);
+        else if (neighbouring)
+          neighbours(from, w.bits, columns[0], row);
+        else
+          for (int i = 0; i < kFlatColumns; i++)
+            row[i] = (uint8_t)(zero + (columns[i] < 0 ? 0 : digit(from, w.bits, columns[i])));
+        uint32_t quads[16];
+        memcpy(quads, row, sizeof quads);
+        uint32_t* to = (uint32_t*)dst + n;
+        if (w.bits == 8)
+          for (int quad = 0; quad < 16; quad++) to[quad * 16] = quads[quad];
+        else
+          for (int pair = 0; pair < 8; pair++)
+            to[pair * 16] = quads[2 * pair] | quads[2 * pair + 1] << 4;
       }
+    }
   };
   parallel(tiles, team_of(threads), work);
 }
