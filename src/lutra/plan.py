@@ -180,6 +180,13 @@ def plan(
             f"family {architecture.family!r} has no entry of its own: every linear layer of a "
             "block is quantized by itself, and nothing is folded"
         )
+    if kind == "flat" and bits == 4 and budget is None:
+        widest = size(8)
+        warnings.append(
+            f"method {method} chooses 4 or 8 bits for each group of layers by what they lose; "
+            "sizes here are those of 4 bits throughout, and with 8 bits the output takes "
+            f"{_in_words(widest.output_bytes)}"
+        )
     weights = sum(layer["weights"] for layer in result.layers)
     return {
         "source": str(checkpoint.path),
@@ -361,6 +368,12 @@ def _memory(
         ]
         # Sums and means of every group, and the largest three times in float64 while it is solved.
         hessians = 2 * sum(grams) * (2 if "shift" in needs else 1) + 3 * 8 * widest.in_features**2
+        if "inputs" in needs:
+            # Rows of every group's input, three copies of the widest while it is solved.
+            rows = min(samples * seq_len, 8192) * 4
+            read = [x for x in in_blocks if x.name.removeprefix(block_path) in firsts]
+            wide = sum(x.in_features for x in read)
+            solver += rows * (wide + 3 * widest.in_features) + 4 * 8 * widest.in_features**2
         if "block" in needs:
             # Gradients, two Adam moments and the dense weight of every layer of a block.
             solver = max(by_block.values()) * 4 * 6 + 8 * seq_len * widest.in_features * 4 * 8

@@ -184,7 +184,7 @@ class Candidate:
         y_TO = (q_TI.float() @ weight.wide().float().T) * (step_T[:, None] * weight.scale)
         if bias is not None:
             y_TO = y_TO + bias
-        return y_TO.reshape(*x.shape[:-1], -1).to(x.dtype)
+        return y_TO.reshape(*x.shape[:-1], weight.out_features).to(x.dtype)
 
 
 def fold_site_of(group: Sequence[str], architecture: Architecture) -> FoldSite | None:

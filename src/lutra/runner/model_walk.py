@@ -385,17 +385,25 @@ class ModelWalk(_Walk):
         weights = {}
         for path in group:
             stem = f"{rung}/{path}/"
-            part = {k.removeprefix(stem): v for k, v in state.items() if k.startswith(stem)}
+            part = {
+                k.removeprefix(stem): v.to(self.device)
+                for k, v in state.items()
+                if k.startswith(stem)
+            }
             weights[path] = FlatWeight(
                 part["weight"], part["weight_scale"], part["input_limit"], part["input_source"],
                 facts["bits"], len(part["input_limit"]), part.get("input_step"),
             )  # fmt: skip
         stem = f"{rung}/{group[0]}"
-        site = fold_site_of(group, self.architecture)
+        smooth, scale = (state.get(f"{stem}/{name}") for name in ("smooth", "scale"))
         return Candidate(
-            self.rungs[rung], weights, state.get(f"{stem}/smooth"), state.get(f"{stem}/scale"),
-            site, facts,
-        )  # fmt: skip
+            self.rungs[rung],
+            weights,
+            None if smooth is None else smooth.to(self.device),
+            None if scale is None else scale.to(self.device),
+            fold_site_of(group, self.architecture),
+            facts,
+        )
 
     # ---- write
 
