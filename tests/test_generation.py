@@ -203,3 +203,15 @@ def test_likeliest_is_the_first_of_equals():
 )
 def test_capacities(tokens, capacity):
     assert capacity_for(tokens) == capacity
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_compiled_model_gives_the_same_tokens(family, tmp_path):
+    plain, _ = _models(tmp_path, family)
+    ids = _prompt(1, 6)
+    wanted = plain.generate(ids, max_new_tokens=6, do_sample=False)
+    compiled = torch.compile(plain, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, compiled(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, wanted)
