@@ -375,13 +375,14 @@ def load_once(folder: Path, threads: int) -> dict[str, Any]:
 def load(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as parent:
-        folder = Path(parent) / "model"
+        folder = Path(options.checkpoint or Path(parent) / "model")
         write = [sys.executable, __file__, "write", "--folder", str(folder)]
         write += ["--shape", options.shape]
         write += ["--bits", str(options.bits), "--group-size", str(options.group_size)]
         write += ["--layers", str(options.layers)] if options.layers else []
         write += ["--head-bits", *map(str, options.head_bits)]
-        subprocess.run(write, check=True)
+        if not folder.exists():
+            subprocess.run(write, check=True)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         for state in ("cold", "warm"):
             for _ in range(options.turns):
@@ -418,6 +419,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", help="for the files, which are deleted")
     parser.add_argument("--gguf", help="folder in which GGUF files are looked for and kept")
+    parser.add_argument("--checkpoint", help="for load: one that `write` made, and is kept")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.what == "write":

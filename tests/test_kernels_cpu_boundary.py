@@ -170,7 +170,7 @@ def test_threads_give_the_same_bits() -> None:
 
 
 CHILD = """
-import os, torch
+import hashlib, os, torch
 from test_kernels_cpu import random_weight, spec_of
 from lutra.kernels.cpu import linear as cpu
 torch.set_num_threads(2)
@@ -183,15 +183,33 @@ if child == 0:  # has none of the pool's threads
     again = kernel.linear(x, kernel.prepare(weight, spec), None, spec)
     os._exit(0 if torch.equal(y, again) else 1)
 assert os.waitpid(child, 0)[1] == 0, "the forked child differs or died"
-print(cpu.native().level(), y.double().sum().item())
+digest = hashlib.sha256(y.numpy().tobytes()).hexdigest()
+print(cpu.native().level(), digest)
+"""
+
+WITHOUT_EXTENSION = """
+import logging, sys, torch
+sys.modules["lutra.kernels.cpu._native"] = None  # as where no compiler was
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+from lutra.nn import QuantizedLinear
+from lutra.scheme import Format
+torch.manual_seed(0)
+for _ in range(3):
+    layer = QuantizedLinear(64, 16, Format.parse("bcq2g32"))
+    for name, parameter in layer.named_parameters():
+        parameter.copy_(torch.ones_like(parameter))
+    assert layer.prepare(torch.float32).kernel.name == "reference"
+    x = torch.randn(2, 64)
+    dense = layer.bitplanes().unpack(torch.float32)
+    assert torch.allclose(layer(x), x @ dense.T, atol=1e-4)
 """
 
 
-def run_child(**environment: str) -> subprocess.CompletedProcess[str]:
+def run_child(code: str = CHILD, **environment: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root / "src"), str(root / "tests")])
     return subprocess.run(
-        [sys.executable, "-c", CHILD], env={**os.environ, "PYTHONPATH": path, **environment},
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True, text=True, timeout=120, check=False,
     )
 
@@ -204,6 +222,21 @@ def test_fork_and_forced_level() -> None:
     assert result.stdout.split()[0] == lowest
     refused = run_child(LUTRA_CPU_ISA="mmx")
     assert refused.returncode != 0 and "LUTRA_CPU_ISA=mmx" in refused.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_at_once_give_the_same_bits() -> None:
+    with ThreadPoolExecutor(2) as callers:
+        both = list(callers.map(lambda _: run_child(), range(2)))
+    assert all(result.returncode == 0 for result in both), both[0].stderr + both[1].stderr
+    assert both[0].stdout == both[1].stdout
+
+
+def test_without_the_extension_the_reference_serves_and_says_so_once() -> None:
+    result = run_child(WITHOUT_EXTENSION)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the CPU kernels were not built") == 1
+    assert "Install a C++ compiler" in result.stderr
 
 
 def test_compiles_and_differentiates() -> None:

@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 python=$(command -v python)
 cmake -S "$root" -B "$work/build" -DLUTRA_SANITIZE=ON -DPython_EXECUTABLE="$python" >"$work/log" 2>&1 ||
   { cat "$work/log"; exit 1; }
-cmake --build "$work/build" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+cmake --build "$work/build" --parallel >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 cp -r "$root/src" "$root/tests" "$work/"
 rm -f "$work"/src/lutra/kernels/cpu/_native*.so
 cp "$work"/build/_native*.so "$work/src/lutra/kernels/cpu/"
