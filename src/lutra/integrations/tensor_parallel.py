@@ -76,7 +76,9 @@ class Sum:
         torch.cuda.synchronize(device)
         dist.barrier(self.group)
         self._memory = [buffer, shared]
-        self.direct = DirectSum(list(shared.buffer_ptrs), shared.rank, most, device)
+        offset = buffer.data_ptr() - shared.buffer_ptrs[shared.rank]  # in a larger allocation
+        addresses = [address + offset for address in shared.buffer_ptrs]
+        self.direct = DirectSum(addresses, shared.rank, most, device)
         return True
 
     def __call__(self, x: Tensor) -> Tensor:
