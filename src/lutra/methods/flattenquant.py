@@ -245,7 +245,7 @@ class _Group:
 
 @method(
     "flattenquant",
-    paper="FlattenQuant, arXiv 2402.17985 (abstract and summaries)",
+    paper="FlattenQuant, arXiv 2402.17985",
     options=Options,
     scope="model",
     formats=("flat",),
