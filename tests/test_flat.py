@@ -279,3 +279,36 @@ def test_smoothing_leaves_dead_channels_alone():
     ratio = (absmax / scale) / (weights * scale)
     torch.testing.assert_close(ratio[1], ratio[3])
     assert torch.equal(smoothing_scale(torch.zeros(4), weights, 0.5), torch.ones(4))
+
+
+def test_the_format_page_is_enough_to_read_and_run_a_layer():
+    """docs/FORMAT.md, `flat`, followed literally with numpy."""
+    import numpy as np
+
+    generator = torch.Generator().manual_seed(3)
+    weight = random_weight(
+        generator, 6, 45, 4, weight_pieces=2, most_pieces=3, two_digits=True, smooth=True
+    )
+    stored = {name: tensor.numpy() for name, tensor in weight.tensors().items()}
+    b, out, inputs = 4, 6, 45
+    columns = inputs + len(stored["input_source"])
+    words = stored["weight"][0].view(np.uint32)
+    digit = np.zeros((out, columns), np.int64)
+    for c in range(columns):
+        field = (words[:, c // (32 // b)] >> np.uint32(c % (32 // b) * b)) & np.uint32(2**b - 1)
+        digit[:, c] = np.where(field >= 2 ** (b - 1), field.astype(np.int64) - 2**b, field)
+    wide = digit[:, :inputs].copy()
+    for e, i in enumerate(stored["input_source"]):
+        wide[:, i] += digit[:, inputs + e]
+    x = random_input(generator, 9, weight)
+    seen = x.numpy() / stored["input_smooth"]
+    limit = stored["input_limit"].astype(np.float32)
+    step = np.maximum((np.abs(seen) / limit).max(1), np.float32(2.0**-126))
+    q = np.clip(np.rint(seen / step[:, None]), -limit, limit).astype(np.int64)
+    y = (q @ wide.T).astype(np.float32) * (step[:, None] * stored["weight_scale"])
+    spec = FlatSpec(
+        out, inputs, weight.columns, b, False, True, torch.device("cpu"), torch.float32
+    )  # fmt: skip
+    kernel = choose(spec).kernel
+    ours = kernel.linear(x, kernel.prepare(weight, spec), None, spec)
+    torch.testing.assert_close(ours, torch.from_numpy(y), rtol=1e-6, atol=1e-6)

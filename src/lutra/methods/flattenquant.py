@@ -222,7 +222,6 @@ class _Group:
         self.few_OI = self.stacked_OI[::stride][:SEARCH_OUTPUTS]
         self.hessian_II = self.rows_TI.T @ self.rows_TI / len(self.rows_TI)
         self.upper_II = inverse_cholesky(damped(self.hessian_II, self.options.damping))
-        self.signal = float((self.few_TI @ self.few_OI.T).square().sum(1).mean())
 
     def scales(self, alpha: float) -> tuple[Tensor, Tensor]:
         """The smoothing scale at the site's source and at the group's inputs.

@@ -140,16 +140,6 @@ def flatten(
     return Flattening(threshold, found_I, limits(found_I, bits, scheme), count(threshold), budget)
 
 
-def boxplot_threshold(absmax_I: Tensor, beta: float = 1.5) -> float:
-    """``Q3 + beta (Q3 - Q1)`` of the channels' maxima, for comparison.
-
-    Such a rule is attributed to the paper by summaries; it could not be confirmed, and beta = 1.5
-    is the textbook's. The number of columns that it costs is whatever it happens to be.
-    """
-    first, third = absmax_I.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
-    return float(third + beta * (third - first))
-
-
 def _bits_of(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
