@@ -7,7 +7,8 @@ nearest with one scale for each output. 2 % of the channels of every input have 
 the others, so that flattening is at work. Every linear layer but the last is quantized; layers that
 share an input (q, k and v; gate and up) are one product, as flattening them together means. Which
 groups are 4 bits is drawn at random until their share of the multiplies reaches the one asked for.
-Attention, norms, rotary embedding and everything else is transformers' own in both runs.
+Norms before q, k, v and before gate, up, and the product of gate and up, are computed on the way to
+the integers; with ``--plain`` they are transformers' own, as everything else is in both runs.
 
 Times are medians over forward passes of ``batch x length`` tokens that fill a key-value cache and
 compute the logits of the last token. Resident bytes are those of all parameters and prepared
@@ -43,9 +44,9 @@ WIDE_SHARE = 0.02
 class SharedInput(nn.Module):
     """Several layers with one input as one product; the first that is called computes it."""
 
-    def __init__(self, layer: FlatLinear, sizes: list[int]) -> None:
+    def __init__(self, layer: FlatLinear, sizes: list[int], norm: nn.Module | None) -> None:
         super().__init__()
-        self.layer, self.sizes = layer, sizes
+        self.layer, self.sizes, self.norm = layer, sizes, norm
         self._input: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
         self._left = 0
@@ -53,12 +54,36 @@ class SharedInput(nn.Module):
     def part(self, x: Tensor, index: int) -> Tensor:
         if self._input is not x:
             self._input, self._left = x, len(self.sizes)
-            self._parts = self.layer(x).split(self.sizes, dim=-1)
+            self._parts = self.multiply(x).split(self.sizes, dim=-1)
         y = self._parts[index]
         self._left -= 1
         if self._left == 0:
             self._input, self._parts = None, ()
         return y
+
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            return self.layer(x)
+        layer = self.layer
+        assert layer.choice is not None
+        return layer.choice.kernel.norm_linear(
+            x, self.norm.weight, self.norm.variance_epsilon, layer._prepared, None, layer._spec
+        )
+
+
+class GatedDown(nn.Module):
+    """The last layer of an MLP, which takes silu(gate) * up."""
+
+    def __init__(self, shared: SharedInput, down: FlatLinear) -> None:
+        super().__init__()
+        self.shared, self.down = shared, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.shared.multiply(x).split(self.shared.sizes, dim=-1)
+        down = self.down
+        assert down.choice is not None
+        return down.choice.kernel.gated_linear(gate, up, down._prepared, None, down._spec)
 
 
 class Part(nn.Module):
@@ -84,7 +109,7 @@ def flat_weight(weight: Tensor, bits: int, generator: torch.Generator) -> FlatWe
     return FlatWeight(pack_digits(digits, bits), scale, limit, none, bits, weight.shape[1])
 
 
-def quantize(model: nn.Module, int4_share: float, seed: int) -> dict[str, Any]:
+def quantize(model: nn.Module, int4_share: float, seed: int, plain: bool) -> dict[str, Any]:
     """Replace the linear layers of the decoder; returns the shares at 4 bits."""
     chooser = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -109,10 +134,18 @@ def quantize(model: nn.Module, int4_share: float, seed: int) -> dict[str, Any]:
         if len(names) == 1:
             setattr(parent, names[0], layer)
         else:
-            shared = SharedInput(layer, [len(w) for w in weights])
+            block = model.model.layers[index // len(GROUPS)]
+            before = "input_layernorm" if "q_proj" in names else "post_attention_layernorm"
+            norm = None if plain else getattr(block, before)
+            shared = SharedInput(layer, [len(w) for w in weights], norm)
+            if not plain:
+                setattr(block, before, nn.Identity())
             for place, name in enumerate(names):
                 setattr(parent, name, Part(shared, place))
         layers += bits == 4
+    if not plain:
+        for block in model.model.layers:
+            block.mlp = GatedDown(block.mlp.gate_proj.shared, block.mlp.down_proj)
     return {
         "int4_share_of_multiplies": round(four / total, 4),
         "int4_share_of_groups": round(layers / len(groups), 4),
@@ -157,6 +190,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="both runs through torch.compile")
+    parser.add_argument("--plain", action="store_true", help="norms and gates by themselves")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,7 +200,7 @@ def main() -> None:
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=options.layers,
         num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,
         rms_norm_eps=1e-5, max_position_embeddings=8192, tie_word_embeddings=False,
-        attn_implementation="sdpa", dtype="bfloat16",
+        attn_implementation="sdpa", dtype="bfloat16", initializer_range=0.01,
     )  # fmt: skip
     tokens = torch.randint(0, 128256, (options.batch, options.length), device="cuda")
 
@@ -183,6 +217,7 @@ def main() -> None:
         "command": " ".join(sys.argv), "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
         "batch": options.batch, "length": options.length, "compiled": options.compile,
+        "norms_and_gates_on_the_way": not options.plain,
         "bf16_ms": round(dense_ms, 2), "bf16_worst_ms": round(dense_worst, 2),
         "bf16_bytes": dense_bytes, "runs": [],
     }  # fmt: skip
@@ -192,7 +227,7 @@ def main() -> None:
             del model
             torch.cuda.empty_cache()
             model = build()
-        row = quantize(model, share, options.seed)
+        row = quantize(model, share, options.seed, options.plain)
         run = torch.compile(model) if options.compile else model
         ms, worst, logits = prefill_ms(run, tokens, options.repeats)
         own = resident_bytes(model)

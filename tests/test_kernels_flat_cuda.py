@@ -147,7 +147,7 @@ def test_plans_fit_the_card(arch: str) -> None:
             assert 1 <= plan.split <= min(8, job.k_tiles)
             assert shared >= plan.tokens * (defines["WARPGROUPS"] * 64 + 4) * 4 + 1024
     for inputs in (1, 8, 4096, 12288, 16384, 40000, products.max_inputs(card)):
-        for tokens in (1, 64, 65, 4096):
+        for tokens in (1, 64, 65, 1024, 4096):
             plan_q = products.quantize_plan(inputs, tokens)
             assert plan_q.threads % 32 == 0 and plan_q.threads * plan_q.vectors * 8 >= inputs
             assert plan_q.threads <= 1024 and (plan_q.vectors <= 4 or not plan_q.hold)
@@ -172,7 +172,7 @@ def instances(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     widths = (8, 4) if card.capability[0] == 8 else (8,)
     cases = itertools.product((torch.bfloat16, torch.float32, torch.float16), widths)
     for dtype, width in cases if ALL else [(torch.bfloat16, widths[-1]), (torch.float32, 8)]:
-        for inputs, tokens in ((4096, 1), (12288, 100), (49152, 100)):
+        for inputs, tokens in ((4096, 1), (12288, 100), (12288, 4096), (49152, 100)):
             for smooth in (False, True) if ALL else (inputs > 12288,):
                 plan_q = products.quantize_plan(inputs, tokens)
                 yield products.quantize_instance(plan_q, dtype, width, smooth, True)

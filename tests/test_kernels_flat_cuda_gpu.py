@@ -300,6 +300,31 @@ def test_torch_compile_and_opcheck() -> None:
     assert torch.equal(function(x), reference_linear(x * 2, layer, bias) + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_norm_and_gate_on_the_way(bits: int, dtype: torch.dtype) -> None:
+    """As the modules by themselves; the norm but for the order in which squares are added."""
+    from lutra.kernels.cuda.flat import CudaFlatKernel
+    from lutra.kernels.cuda.flat_products import Gate, Norm, apply
+
+    kernel = CudaFlatKernel()
+    for inputs, tokens in ((256, 3), (1013, 100), (2048, 70), (17000, 100)):
+        layer = random_layer(136, inputs, bits, 0.1)
+        spec = spec_of(layer, dtype)
+        prepared = kernel.prepare(layer, spec)
+        gate = torch.randn(tokens, 2 * inputs, device=CUDA).to(dtype)[:, :inputs]
+        up = random_input(layer, tokens, dtype)
+        y = kernel.gated_linear(gate, up, prepared, None, spec)
+        assert torch.equal(y, reference_linear(apply(gate, Gate(up)), layer, None)), inputs
+        weight = torch.rand(inputs, device=CUDA).to(dtype)
+        x = up.view(1, tokens, inputs)
+        y = kernel.norm_linear(x, weight, 1e-5, prepared, None, spec)
+        expected = reference_linear(apply(x, Norm(weight, 1e-5)), layer, None)
+        assert y.shape == expected.shape
+        error = (y.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 2e-2, (inputs, error)
+
+
 def test_streams_and_repetition() -> None:
     """Launches that follow each other at once, as programmatic dependent launch lets them."""
     from lutra.kernels.cuda.flat import CudaFlatKernel

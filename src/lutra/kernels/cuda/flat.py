@@ -66,6 +66,23 @@ class CudaFlatKernel(FlatKernel):
             x, *prepared, bias, spec.out_features, spec.in_features
         )
 
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor, epsilon: float, prepared: list[Tensor],
+        bias: Tensor | None, spec: FlatSpec,
+    ) -> Tensor:
+        """:meth:`linear` of the RMS norm of ``x``, which goes to memory as integers only."""
+        return torch.ops.lutra.cuda_flat_norm_linear(
+            x, norm_weight, epsilon, *prepared, bias, spec.out_features, spec.in_features
+        )
+
+    def gated_linear(
+        self, gate: Tensor, up: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: FlatSpec
+    ) -> Tensor:
+        """:meth:`linear` of ``silu(gate) * up``, which goes to memory as integers only."""
+        return torch.ops.lutra.cuda_flat_gated_linear(
+            gate, up, *prepared, bias, spec.out_features, spec.in_features
+        )
+
     def describe(self, prepared: list[Tensor], spec: FlatSpec, tokens: int) -> tuple[str, str]:
         """Which program multiplies a number of tokens, and why that one."""
         from lutra.kernels.cuda.flat_layout import Prepared

@@ -66,8 +66,8 @@ class Prepared:
         entries: int32 ``[E, 4]``: column, channel, piece and limit of every column that the sweep
             over the channels does not write as it must be; sorted by column.
         wide: int32 ``[W, 2]``: channel and limit of every channel without the common limit.
-        special: uint8 ``[ceil(in / 8)]``, bit b of byte i set for channel 8 i + b of those; empty
-            if there are none.
+        keep: int16 ``[in up to a multiple of 8]``, 0 for those and 0x7FFF for all others, a mask
+            that takes the absolute value of a 16-bit float; empty if none is wide.
         step: float32 ``[1]`` if static, else empty.
         smooth: float32 ``[in]`` or empty.
         form: an empty tensor of shape ``[0, high columns, common limit]``: two numbers that stay
@@ -78,7 +78,7 @@ class Prepared:
     scale: Tensor
     entries: Tensor
     wide: Tensor
-    special: Tensor
+    keep: Tensor
     step: Tensor
     smooth: Tensor
     form: Tensor
@@ -117,7 +117,7 @@ class Prepared:
 
     def tensors(self) -> list[Tensor]:
         return [
-            self.weight, self.scale, self.entries, self.wide, self.special, self.step, self.smooth,
+            self.weight, self.scale, self.entries, self.wide, self.keep, self.step, self.smooth,
             self.form,
         ]  # fmt: skip
 
@@ -139,13 +139,13 @@ def prepare(weight: FlatWeight, multiplier: Multiplier) -> Prepared:
         parts.append(digits_NC)
     empty = weight.scale.new_empty(0)
     tables = input_tables(lowered, weight.limit, multiplier.digit_bits, weight.step is not None)
-    entries, wide, special, limit = tables
+    entries, wide, keep, limit = tables
     return Prepared(
         torch.cat(parts) if len(parts) > 1 else parts[0],
         torch.nn.functional.pad(weight.scale, (0, -rows % ROW_TILE)),
         entries,
         wide,
-        special,
+        keep,
         empty if weight.step is None else weight.step,
         empty if weight.smooth is None else weight.smooth,
         entries.new_empty((0, lowered.high, limit)),
@@ -189,7 +189,7 @@ def restore(prepared: Prepared, out_features: int, columns: int, bits: int) -> T
 def input_tables(
     lowered: Lowered, limit_I: Tensor, digit_bits: int, static: bool
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """``entries``, ``wide``, ``special`` and the common limit of :class:`Prepared`."""
+    """``entries``, ``wide``, ``keep`` and the common limit of :class:`Prepared`."""
     device = lowered.source.device
     inputs, first = limit_I.numel(), lowered.high
     limit_I = limit_I.to(device=device, dtype=torch.int64)
@@ -215,10 +215,9 @@ def input_tables(
     ).to(torch.int32)
 
     if not len(wide):
-        return entries, wide, limit_I.new_empty(0, dtype=torch.uint8), common
-    bits_I = torch.nn.functional.pad((~is_common_I).to(torch.uint8), (0, -inputs % 8)).view(-1, 8)
-    weights = torch.tensor([1 << b for b in range(8)], dtype=torch.uint8, device=device)
-    return entries, wide, (bits_I * weights).sum(1, dtype=torch.uint8), common
+        return entries, wide, limit_I.new_empty(0, dtype=torch.int16), common
+    keep_I = torch.where(is_common_I, 0x7FFF, 0).to(torch.int16)
+    return entries, wide, torch.nn.functional.pad(keep_I, (0, -inputs % 8)), common
 
 
 def _fits_sixteenfold(weight: FlatWeight) -> bool:

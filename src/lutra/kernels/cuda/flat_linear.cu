@@ -34,6 +34,9 @@ struct Arguments {
   int bias_kind;        // see flat.cuh
 };
 
+#ifndef SKEW
+#define SKEW 0
+#endif
 constexpr int FEATURES = WARPGROUPS * 64;
 constexpr int K_TILE = 128;
 constexpr int X_BYTES = TOKENS * K_TILE;
@@ -64,6 +67,9 @@ struct Position {   // in the ring of stages
   DEVICE void next() { if (++stage == STAGES) { stage = 0; parity ^= 1; } }
 };
 
+DEVICE void touch(const float* p) {
+  asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
+}
 DEVICE u32 y_pair(float low, float high) {
   u32 pair;
   if (Y_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -210,15 +216,18 @@ flat_linear(const __grid_constant__ Arguments p) {
     const u32 staged = stages + STAGES * STAGE_BYTES + group * Y_BYTES;
     wait_for_previous_kernel();
     Ring ring = {stages, full, empty, (u32)(X_BYTES + group * W_GROUP_BYTES), {}};
+    // A head start for one warpgroup: while it stores a tile, the other still multiplies.
+    if (SKEW && group == 1 && p.k_tiles > SKEW) barrier_wait(full + 8 * SKEW, 0);
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile(p, index);
-      int sum[SUMS];
-      const int begun = HORNER ? multiply_high(sum, p, ring) : 0;
-      multiply(sum, p.k_tiles - begun, HORNER, ring);
       const int feature = tile.feature + group * 64 + warp * 16 + (lane >> 2);
       const float scale[2] = {p.scale[feature], p.scale[feature + 8]};
       const auto bias_at = [&](int i) { return i < p.features ? bias_of(p.bias, p.bias_kind, i) : 0.f; };
       const float bias[2] = {bias_at(feature), bias_at(feature + 8)};
+      if (2 * thread < TOKENS) touch(p.step + tile.token + 2 * thread);   // in the first cache by the time it is used
+      int sum[SUMS];
+      const int begun = HORNER ? multiply_high(sum, p, ring) : 0;
+      multiply(sum, p.k_tiles - begun, HORNER, ring);
       const float* step = p.step + tile.token + 2 * (lane & 3);
       // Tile i of a store: features 8 (i & 1), tokens 8 (i >> 1); rows of 128 bytes, swizzled.
       const u32 row = staged + ((lane & 7) + (lane >> 4) * 8) * 128;

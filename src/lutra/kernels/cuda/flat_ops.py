@@ -8,12 +8,20 @@ from torch import Tensor
 from lutra.kernels.ops import library
 
 _PREPARED = (
-    "Tensor weight, Tensor scale, Tensor entries, Tensor wide, Tensor special, Tensor step, "
+    "Tensor weight, Tensor scale, Tensor entries, Tensor wide, Tensor keep, Tensor step, "
     "Tensor smooth, Tensor form"
 )
 library.define(
     f"cuda_flat_linear(Tensor x, {_PREPARED}, Tensor? bias, int out_features, int in_features) "
     "-> Tensor"
+)
+library.define(
+    f"cuda_flat_norm_linear(Tensor x, Tensor norm_weight, float epsilon, {_PREPARED}, "
+    "Tensor? bias, int out_features, int in_features) -> Tensor"
+)
+library.define(
+    f"cuda_flat_gated_linear(Tensor gate, Tensor up, {_PREPARED}, Tensor? bias, "
+    "int out_features, int in_features) -> Tensor"
 )
 library.define(f"cuda_flat_quantize(Tensor x, {_PREPARED}, int in_features) -> (Tensor, Tensor)")
 
@@ -43,7 +51,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, inputs: in
 
 @torch.library.register_fake("lutra::cuda_flat_linear", lib=library)
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, keep: Tensor,
     step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int,
     in_features: int,
 ) -> Tensor:  # fmt: skip
@@ -52,7 +60,7 @@ def _(
 
 
 def _linear(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, keep: Tensor,
     step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int,
     in_features: int,
 ) -> Tensor:  # fmt: skip
@@ -60,20 +68,20 @@ def _linear(
     from lutra.kernels.cuda.flat_layout import Prepared
 
     _check(x, weight, bias, out_features, in_features)
-    prepared = Prepared(weight, scale, entries, wide, special, step, smooth, form)
+    prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
     y = flat_products.linear(x.reshape(-1, in_features), prepared, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("lutra::cuda_flat_quantize", lib=library)
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, keep: Tensor,
     step: Tensor, smooth: Tensor, form: Tensor, in_features: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from lutra.kernels.cuda.flat_layout import Prepared
     from lutra.kernels.cuda.flat_products import STEP_PADDING
 
-    prepared = Prepared(weight, scale, entries, wide, special, step, smooth, form)
+    prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
     tokens = x.numel() // in_features
     q = x.new_empty((tokens, prepared.columns * prepared.digit_bits // 8), dtype=torch.int8)
     steps = (tokens + STEP_PADDING - 1) // STEP_PADDING * STEP_PADDING
@@ -81,15 +89,88 @@ def _(
 
 
 def _quantize(
-    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, special: Tensor,
+    x: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, keep: Tensor,
     step: Tensor, smooth: Tensor, form: Tensor, in_features: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from lutra.kernels.cuda import flat_products
     from lutra.kernels.cuda.flat_layout import Prepared
 
-    prepared = Prepared(weight, scale, entries, wide, special, step, smooth, form)
+    prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
     return flat_products.quantize(x.reshape(-1, in_features), prepared)
 
 
+def _check_norm(x: Tensor, norm_weight: Tensor) -> None:
+    torch._check(
+        norm_weight.shape == x.shape[-1:] and norm_weight.dtype == x.dtype
+        and norm_weight.device == x.device,
+        lambda: f"the norm has {tuple(norm_weight.shape)} {norm_weight.dtype} weights on "
+        f"{norm_weight.device} for activations {tuple(x.shape)} {x.dtype} on {x.device}",
+    )
+
+
+def _check_gate(gate: Tensor, up: Tensor) -> None:
+    torch._check(
+        gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device,
+        lambda: f"the gate is {tuple(gate.shape)} {gate.dtype} on {gate.device}, what it "
+        f"multiplies is {tuple(up.shape)} {up.dtype} on {up.device}",
+    )
+
+
+@torch.library.register_fake("lutra::cuda_flat_norm_linear", lib=library)
+def _(
+    x: Tensor, norm_weight: Tensor, epsilon: float, weight: Tensor, scale: Tensor,
+    entries: Tensor, wide: Tensor, keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor,
+    bias: Tensor | None, out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    _check(x, weight, bias, out_features, in_features)
+    _check_norm(x, norm_weight)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _norm_linear(
+    x: Tensor, norm_weight: Tensor, epsilon: float, weight: Tensor, scale: Tensor,
+    entries: Tensor, wide: Tensor, keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor,
+    bias: Tensor | None, out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    from lutra.kernels.cuda import flat_products
+    from lutra.kernels.cuda.flat_layout import Prepared
+
+    _check(x, weight, bias, out_features, in_features)
+    _check_norm(x, norm_weight)
+    prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
+    norm = flat_products.Norm(norm_weight, epsilon)
+    y = flat_products.linear(x.reshape(-1, in_features), prepared, bias, out_features, norm)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("lutra::cuda_flat_gated_linear", lib=library)
+def _(
+    gate: Tensor, up: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor,
+    keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    _check(gate, weight, bias, out_features, in_features)
+    _check_gate(gate, up)
+    return gate.new_empty((*gate.shape[:-1], out_features))
+
+
+def _gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor,
+    keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None,
+    out_features: int, in_features: int,
+) -> Tensor:  # fmt: skip
+    from lutra.kernels.cuda import flat_products
+    from lutra.kernels.cuda.flat_layout import Prepared
+
+    _check(gate, weight, bias, out_features, in_features)
+    _check_gate(gate, up)
+    prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
+    before = flat_products.Gate(up.reshape(-1, in_features))
+    y = flat_products.linear(gate.reshape(-1, in_features), prepared, bias, out_features, before)
+    return y.view(*gate.shape[:-1], out_features)
+
+
 library.impl("cuda_flat_linear", _linear, "CUDA")
+library.impl("cuda_flat_norm_linear", _norm_linear, "CUDA")
+library.impl("cuda_flat_gated_linear", _gated_linear, "CUDA")
 library.impl("cuda_flat_quantize", _quantize, "CUDA")

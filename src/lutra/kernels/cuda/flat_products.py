@@ -38,13 +38,15 @@ BIAS_DTYPES = tuple(_BIAS_KINDS)
 
 class _QuantizeArguments(ctypes.Structure):
     _fields_ = [
-        ("x", ctypes.c_void_p), ("q", ctypes.c_void_p), ("step", ctypes.c_void_p),
+        ("x", ctypes.c_void_p), ("second", ctypes.c_void_p),
+        ("q", ctypes.c_void_p), ("step", ctypes.c_void_p),
         ("static_step", ctypes.c_void_p), ("smooth", ctypes.c_void_p),
-        ("special", ctypes.c_void_p), ("wide", ctypes.c_void_p), ("entries", ctypes.c_void_p),
+        ("keep", ctypes.c_void_p), ("wide", ctypes.c_void_p), ("entries", ctypes.c_void_p),
         ("x_stride", ctypes.c_longlong), ("q_stride", ctypes.c_longlong),
+        ("second_stride", ctypes.c_longlong),
         ("inputs", ctypes.c_int), ("first", ctypes.c_int),
         ("wide_count", ctypes.c_int), ("entry_count", ctypes.c_int),
-        ("limit", ctypes.c_int), ("clamp", ctypes.c_int),
+        ("limit", ctypes.c_int), ("clamp", ctypes.c_int), ("epsilon", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -81,7 +83,8 @@ def max_inputs(device: Card) -> int:
 def quantize_plan(inputs: int, tokens: int) -> QuantizePlan:
     """Many tokens: blocks so small that several share a processor. Few: short ways in each."""
     vectors = max(1, -(-inputs // 8))
-    most, least_each = (1024, 1) if tokens <= MAX_FEW_TOKENS else (512, 2)
+    most = 1024 if tokens <= MAX_FEW_TOKENS else 512
+    least_each = 1 if tokens <= MAX_FEW_TOKENS else 2 if tokens <= 1024 else 4
     each = max(least_each, -(-vectors // most))
     if each > 4:
         return QuantizePlan(most, each, False, 1024 // most)
@@ -89,26 +92,52 @@ def quantize_plan(inputs: int, tokens: int) -> QuantizePlan:
     return QuantizePlan(threads, each, True, max(1, 1024 // threads))
 
 
+@dataclass(frozen=True)
+class Norm:
+    """Activations are the RMS norm of ``x``: ``weight * (x / sqrt(mean(x^2) + epsilon))``.
+
+    Rounded as transformers' modules round: the quotient to the dtype of ``x``, then the product.
+    """
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Activations are ``silu(x) * up``, both factors and the product in the dtype of ``x``."""
+
+    up: Tensor
+
+
+Before = Norm | Gate | None
+_INPUTS: dict[type | None, int] = {None: 0, Norm: 1, Gate: 2}
+
+
 def quantize_instance(
-    plan: QuantizePlan, dtype: torch.dtype, digit_bits: int, smooth: bool, aligned: bool
+    plan: QuantizePlan, dtype: torch.dtype, digit_bits: int, smooth: bool, aligned: bool,
+    before: type | None = None,
 ) -> tuple[str, dict[str, int]]:
     """Kernel file and compile-time parameters.
 
     Args:
         aligned: whether every row of the activations starts at a multiple of 16 bytes.
+        before: :class:`Norm`, :class:`Gate` or None.
     """
+    blocks = plan.blocks if dtype.itemsize == 2 else max(1, plan.blocks // 2)
     return "flat_quantize", {
         "X_TYPE": _X_TYPES[dtype], "VECTORS": plan.vectors, "THREADS": plan.threads,
-        "BLOCKS": plan.blocks, "HOLD": int(plan.hold), "SMOOTH": int(smooth),
-        "WIDTH": digit_bits, "ALIGNED": int(aligned),
+        "BLOCKS": blocks, "HOLD": int(plan.hold), "SMOOTH": int(smooth),
+        "WIDTH": digit_bits, "ALIGNED": int(aligned), "INPUT": _INPUTS[before],
     }  # fmt: skip
 
 
 def _quantizer(
-    plan: QuantizePlan, dtype: torch.dtype, prepared: Prepared, aligned: bool, device: Card
+    plan: QuantizePlan, dtype: torch.dtype, prepared: Prepared, aligned: bool, device: Card,
+    before: type | None = None,
 ) -> Function:
     smooth = prepared.smooth.numel() > 0
-    name, defines = quantize_instance(plan, dtype, prepared.digit_bits, smooth, aligned)
+    name, defines = quantize_instance(plan, dtype, prepared.digit_bits, smooth, aligned, before)
     shared = plan.shared_bytes * dtype.itemsize // 2
     if shared + 1024 > device.shared_bytes:
         raise KernelError(
@@ -117,11 +146,20 @@ def _quantizer(
     return function(name, defines, device, shared)
 
 
-def quantize(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
+def can_come_before(prepared: Prepared, inputs: int, tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a norm or a gate can be computed on the way to the integers of a layer."""
+    plan = quantize_plan(inputs, tokens)
+    return plan.hold and dtype.itemsize == 2 and prepared.smooth.numel() == 0
+
+
+def quantize(x: Tensor, prepared: Prepared, before: Before = None) -> tuple[Tensor, Tensor]:
     """Columns of integers ``[tokens, bytes]`` int8 and steps of ``x`` ``[tokens, in]``.
 
     There are as many steps as tokens, up to a multiple of 256; those beyond are not written, and
     neither are columns whose weights are 0.
+
+    Args:
+        before: what is computed of ``x`` first; see :func:`can_come_before`.
     """
     device = card(x.device.index)
     tokens, inputs = x.shape
@@ -131,20 +169,35 @@ def quantize(x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor]:
     step = torch.empty(steps, dtype=torch.float32, device=x.device)
     if tokens == 0:
         return q, step
-    if x.stride(1) != 1 or (x.stride(0) < inputs and tokens > 1):
-        x = x.contiguous()
-    stride = x.stride(0) if tokens > 1 else inputs
+    x, stride = _rows_of(x)
     aligned = x.data_ptr() % 16 == 0 and stride * x.element_size() % 16 == 0
+    second, second_stride, epsilon = None, 0, 0.0
+    if isinstance(before, Norm):
+        second, epsilon = before.weight.contiguous(), before.epsilon
+    elif isinstance(before, Gate):
+        second, second_stride = _rows_of(before.up)
+    if second is not None:
+        aligned &= second.data_ptr() % 16 == 0 and second_stride % 8 == 0
     plan = quantize_plan(inputs, tokens)
+    kind = None if before is None else type(before)
     arguments = _QuantizeArguments(
-        x.data_ptr(), q.data_ptr(), step.data_ptr(), _pointer(prepared.step),
-        _pointer(prepared.smooth), _pointer(prepared.special), _pointer(prepared.wide),
-        _pointer(prepared.entries), stride, pitch, inputs, prepared.high, len(prepared.wide),
-        len(prepared.entries), prepared.limit, prepared.clamp,
+        x.data_ptr(), None if second is None else second.data_ptr(), q.data_ptr(),
+        step.data_ptr(), _pointer(prepared.step), _pointer(prepared.smooth),
+        _pointer(prepared.keep), _pointer(prepared.wide), _pointer(prepared.entries), stride,
+        pitch, second_stride, inputs, prepared.high, len(prepared.wide), len(prepared.entries),
+        prepared.limit, prepared.clamp, epsilon,
     )
-    run = _quantizer(plan, x.dtype, prepared, aligned, device)
+    run = _quantizer(plan, x.dtype, prepared, aligned, device, kind)
     run(arguments, (tokens, 1, 1), plan.threads)
     return q, step
+
+
+def _rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """A matrix whose rows are contiguous, and from row to row in elements."""
+    tokens, inputs = x.shape
+    if x.stride(1) != 1 or (x.stride(0) < inputs and tokens > 1):
+        x = x.contiguous()
+    return x, x.stride(0) if tokens > 1 else inputs
 
 
 def _pointer(tensor: Tensor) -> int | None:
@@ -448,16 +501,27 @@ def multiply(
 
 
 def linear(
-    x: Tensor, prepared: Prepared, bias: Tensor | None, rows: int
+    x: Tensor, prepared: Prepared, bias: Tensor | None, rows: int, before: Before = None
 ) -> Tensor:
     """The whole layer: ``x`` ``[tokens, in]`` to ``[tokens, rows]``."""
-    q, step = quantize(x, prepared)
+    if before is not None and not can_come_before(prepared, x.shape[1], len(x), x.dtype):
+        x, before = apply(x, before), None
+    q, step = quantize(x, prepared, before)
     return multiply(q, step, prepared, bias, rows, len(x), x.dtype)
+
+
+def apply(x: Tensor, before: Norm | Gate) -> Tensor:
+    """What comes before, by itself."""
+    if isinstance(before, Gate):
+        return torch.nn.functional.silu(x) * before.up
+    wide = x.float()
+    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + before.epsilon)
+    return before.weight * (wide * factor).to(x.dtype)
 
 
 def load_all(
     prepared: Prepared, rows: int, inputs: int, dtype: torch.dtype,
-    tokens: Sequence[int] = (1, 16, 32, 64, 512, 1 << 20),
+    tokens: Sequence[int] = (1, 16, 32, 64, 128, 512, 1 << 20),
 ) -> None:
     """Compile and load what products of these numbers of tokens need.
 

@@ -1,5 +1,8 @@
 // Activations to the integers that a flattened layer multiplies, in one pass: a block takes a token.
 //
+// With INPUT = 1 the activations are the RMS norm of x, with INPUT = 2 they are silu(x) * second; both round to 16
+// bits where modules of PyTorch round (the factor of the norm, the norm; silu, the product).
+//
 //   x'[k]   = x[k] / smooth[k]                                       (SMOOTH)
 //   step    = max_k |x'[k]| / limit[k], or the stored one            never below SMALLEST_STEP
 //   q[k]    = clamp(round_half_even(x'[k] / step), -limit[k], limit[k])
@@ -9,7 +12,7 @@
 // A token with a NaN or an infinity has integers 0 and a step of NaN.
 //
 // Most channels have the same limit and are one column, in order: these are swept in vectors of 8. Channels
-// with another limit are listed in `wide`, and the bits of `special` keep them out of the sweep's maximum.
+// with another limit are listed in `wide`, and the words of `keep` keep them out of the sweep's maximum.
 // Columns that the sweep does not leave as they must be (further pieces, digits) are listed in `entries`.
 // The sweep multiplies by 1 / step and corrects the quotient twice by its remainder, which gives what division
 // gives (Markstein 1990) unless something underflows; tokens with very small or large steps are divided.
@@ -18,23 +21,25 @@
 //
 // -D: X_TYPE 0 half | 1 bf16 | 2 float, VECTORS (of 8 channels, per thread), THREADS, BLOCKS (of a processor),
 // HOLD 0|1 (vectors stay in registers between the two passes, else in shared memory), SMOOTH 0|1, WIDTH 8|4 (bits of a column; with 4, two columns are a byte), ALIGNED 0|1 (rows of x start at multiples
-// of 16 bytes). Grid: tokens.
+// of 16 bytes), INPUT 0|1|2 (1 and 2: 16 bits, HOLD, not SMOOTH). Grid: tokens.
 
 #include "flat.cuh"
 
 struct Arguments {
   const void* x;            // [tokens][inputs], rows x_stride elements apart
+  const void* second;       // INPUT 1: [inputs], weight of the norm; 2: [tokens][inputs], rows second_stride apart
   char* q;                  // [tokens], rows q_stride bytes apart
   float* step;              // [tokens]
   const float* static_step; // [1] or null
   const float* smooth;      // [inputs]
-  const unsigned char* special;   // [ceil(inputs / 8)], bit b is channel 8 i + b; or null
+  const uint4* keep;        // 16 bits a channel: 0x7FFF, or 0 if it is wide; up to a multiple of 8; or null
   const int2* wide;         // channel, limit
   const int4* entries;      // column, source, piece, limit
-  long long x_stride, q_stride;
+  long long x_stride, q_stride, second_stride;
   int inputs, first;        // column of channel 0
   int wide_count, entry_count;
   int limit, clamp;         // of the channels that are swept; what the sweep cuts at
+  float epsilon;            // of the norm
 };
 
 constexpr int RAW = X_TYPE == 2 ? 8 : 4;        // words of a vector
@@ -71,8 +76,23 @@ DEVICE void copy16_async(u32 shared, const void* global) {
 }
 DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-DEVICE float load_one(const Arguments& p, const char* row, int channel) {
+#ifndef INPUT
+#define INPUT 0
+#endif
+DEVICE u16 from_float(float f) { return X_TYPE == 1 ? float_to_bf16(f) : float_to_half(f); }
+DEVICE float rounded(float f) { return to_float(from_float(f)); }
+DEVICE float normed(float x, float factor, float weight) { return rounded(rounded(x * factor) * weight); }
+DEVICE float gated(float x, float second) { return rounded(rounded(__fdiv_rn(x, 1.f + expf(-x))) * second); }
+DEVICE const char* second_row(const Arguments& p, long long token) {
+  return (const char*)p.second + (INPUT == 2 ? token * p.second_stride * 2 : 0);
+}
+
+DEVICE float load_one(const Arguments& p, const char* row, int channel, float factor) {
   const float x = X_TYPE == 2 ? ((const float*)row)[channel] : to_float(((const u16*)row)[channel]);
+  if (INPUT) {
+    const float second = to_float(((const u16*)second_row(p, blockIdx.x))[channel]);
+    return INPUT == 1 ? normed(x, factor, second) : gated(x, second);
+  }
   return SMOOTH ? __fdiv_rn(x, p.smooth[channel]) : x;
 }
 DEVICE void load_vector(Vector& v, const Arguments& p, const char* row, int vector) {
@@ -114,23 +134,23 @@ DEVICE int piece_of(int q, int piece) {
   return piece == -1 ? q - BASE * high : part(high, -2 - piece);
 }
 
-// The largest absolute value of a vector's channels but those of `special`, as bits of a float.
-DEVICE u32 largest_of(const Arguments& p, const Vector& v, int vector) {
-  const u32 special = p.special ? p.special[vector] : 0;
-  if (SMOOTH || X_TYPE == 2) {
-    u32 m = 0;
-#pragma unroll
-    for (int j = 0; j < 8; j++) if (!(special >> j & 1)) m = max(m, absolute(value(p, v, vector, j)));
-    return m;
-  }
-  u32 pair = 0;
+// The largest absolute value of a vector's channels that are kept: bits of a float, or of two 16-bit ones.
+DEVICE u32 largest_of(u32 most, const Arguments& p, const Vector& v, int vector, const uint4& keep) {
+  const u32 kept[4] = {keep.x, keep.y, keep.z, keep.w};
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    u32 word = v.raw[j] & 0x7FFF7FFFu;
-    if (special) word &= (special >> 2 * j & 1 ? 0 : 0xFFFFu) | (special >> 2 * j & 2 ? 0 : 0xFFFF0000u);
-    pair = max_pair(pair, word);
+    if (SMOOTH || X_TYPE == 2) {
+      if (kept[j] & 0xFFFF) most = max(most, absolute(value(p, v, vector, 2 * j)));
+      if (kept[j] >> 16) most = max(most, absolute(value(p, v, vector, 2 * j + 1)));
+    } else {
+      most = max_pair(most, v.raw[j] & kept[j]);
+    }
   }
-  return max(absolute(to_float((u16)pair)), absolute(to_float((u16)(pair >> 16))));
+  return most;
+}
+DEVICE u32 largest_of_both(u32 most) {
+  if (SMOOTH || X_TYPE == 2) return most;
+  return max(absolute(to_float((u16)most)), absolute(to_float((u16)(most >> 16))));
 }
 
 // x / step, rounded as division rounds it; both far from the ends of the range.
@@ -186,6 +206,15 @@ flat_quantize(const __grid_constant__ Arguments p) {
   const bool has_wide = thread < p.wide_count, has_entry = thread < p.entry_count;
   const int2 wide = has_wide ? p.wide[thread] : make_int2(0, 1);
   const int4 entry = has_entry ? p.entries[thread] : make_int4(0, 0, 0, 1);
+  uint4 keep[HOLD ? VECTORS : 1];
+  const auto keep_of = [&](int vector) {
+    const bool some = p.keep && vector * 8 < p.inputs;
+    return some ? p.keep[vector] : make_uint4(0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF);
+  };
+  if (HOLD) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) keep[HOLD ? i : 0] = keep_of(i * THREADS + thread);
+  }
   let_next_kernel_start();
   wait_for_previous_kernel();
   const long long token = blockIdx.x;
@@ -213,7 +242,47 @@ flat_quantize(const __grid_constant__ Arguments p) {
     }
 #endif
   }
-  const float x_wide = load_one(p, row, wide.x), x_entry = load_one(p, row, entry.y);
+  float factor = 0.f;
+#if INPUT
+  {
+    const char* second = second_row(p, token);
+    float squares = 0.f;
+    if (INPUT == 1) {
+      __shared__ float sums[THREADS / 32];
+#pragma unroll
+      for (int i = 0; i < VECTORS; i++)
+        if ((i * THREADS + thread) * 8 < p.inputs) {
+#pragma unroll
+          for (int j = 0; j < 8; j++) squares = fmaf(held[i].get(j), held[i].get(j), squares);
+        }
+#pragma unroll
+      for (int lanes = 16; lanes; lanes /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, lanes);
+      if ((thread & 31) == 0) sums[thread / 32] = squares;
+      __syncthreads();
+      squares = 0.f;
+      for (int w = 0; w < THREADS / 32; w++) squares += sums[w];
+      factor = rsqrtf(squares / (float)p.inputs + p.epsilon);
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+      const int vector = i * THREADS + thread;
+      if (vector * 8 >= p.inputs) continue;
+      Vector other;
+      load_vector(other, p, second, vector);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        u32 pair = 0;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const float x = held[i].get(2 * j + k), o = other.get(2 * j + k);
+          pair |= (u32)from_float(INPUT == 1 ? normed(x, factor, o) : gated(x, o)) << 16 * k;
+        }
+        held[i].raw[j] = pair;
+      }
+    }
+  }
+#endif
+  const float x_wide = load_one(p, row, wide.x, factor), x_entry = load_one(p, row, entry.y, factor);
   const auto take = [&](int i) -> const Vector& {   // a thread keeps its own vectors: no barrier
 #if HOLD
     return held[i];
@@ -234,13 +303,13 @@ flat_quantize(const __grid_constant__ Arguments p) {
 #pragma unroll
   for (int i = 0; i < VECTORS; i++) {
     const int vector = i * THREADS + thread;
-    if (vector * 8 < p.inputs) most = max(most, largest_of(p, take(i), vector));
+    if (vector * 8 < p.inputs) most = largest_of(most, p, take(i), vector, HOLD ? keep[HOLD ? i : 0] : keep_of(vector));
   }
   // Division keeps the order, so it may come after the maximum.
-  most = absolute(__fdiv_rn(__uint_as_float(warp_max(most)), (float)p.limit));
+  most = absolute(__fdiv_rn(__uint_as_float(warp_max(largest_of_both(most))), (float)p.limit));
   if (has_wide) most = max(most, absolute(__fdiv_rn(x_wide, (float)wide.y)));
   for (int e = thread + THREADS; e < p.wide_count; e += THREADS)
-    most = max(most, absolute(__fdiv_rn(load_one(p, row, p.wide[e].x), (float)p.wide[e].y)));
+    most = max(most, absolute(__fdiv_rn(load_one(p, row, p.wide[e].x, factor), (float)p.wide[e].y)));
   __syncwarp();
   most = warp_max(most);
   if ((thread & 31) == 0) maxima[thread / 32] = most;
@@ -267,7 +336,7 @@ flat_quantize(const __grid_constant__ Arguments p) {
       for (int j = 0; j < 8; j++) integers[j] = 0;
 #pragma unroll 1
       for (int j = 0; j < 8; j++) {
-        const int q = vector * 8 + j < p.inputs ? integer_of(load_one(p, row, vector * 8 + j), step, p.clamp) : 0;
+        const int q = vector * 8 + j < p.inputs ? integer_of(load_one(p, row, vector * 8 + j, factor), step, p.clamp) : 0;
 #pragma unroll
         for (int at = 0; at < 8; at++) if (at == j) integers[at] = (u32)q;
       }
@@ -280,12 +349,12 @@ flat_quantize(const __grid_constant__ Arguments p) {
   if (has_entry) out[entry.x] = (char)piece_of(integer_of(x_entry, step, entry.w), entry.z);
   for (int e = thread + THREADS; e < p.entry_count; e += THREADS) {
     const int4 next = p.entries[e];
-    out[next.x] = (char)piece_of(integer_of(load_one(p, row, next.y), step, next.w), next.z);
+    out[next.x] = (char)piece_of(integer_of(load_one(p, row, next.y, factor), step, next.w), next.z);
   }
 #else
   // Two columns share a byte: entries are sorted by column, and one thread writes both of a byte.
   const auto digit = [&](const int4& of) {
-    return (u32)piece_of(integer_of(load_one(p, row, of.y), step, of.w), of.z) & 15;
+    return (u32)piece_of(integer_of(load_one(p, row, of.y, factor), step, of.w), of.z) & 15;
   };
   for (int e = thread; e < p.entry_count; e += THREADS) {
     const int4 here = p.entries[e];
