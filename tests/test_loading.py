@@ -81,6 +81,36 @@ def test_a_layer_is_not_prepared_where_it_does_not_stay(tmp_path):
     assert all(layer.choice is not None for layer in layers)
 
 
+class _ToMeta:
+    """In place of the pinned buffers: every tensor gets a number on the way."""
+
+    device = META
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def move(self, source: torch.Tensor) -> torch.Tensor:
+        self.seen.append(source.clone())
+        return source.to(META)
+
+
+def test_every_tensor_is_moved_once_and_ties_stay() -> None:
+    model = torch.nn.Sequential(
+        *(torch.nn.Linear(i % 7 + 1, i % 5 + 1).to([torch.float32, torch.float16][i % 2])
+          for i in range(200))
+    )  # fmt: skip
+    model[150].weight = model[3].weight
+    before = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
+    mover, moved = _ToMeta(), {}  # type: ignore[var-annotated]
+    for module in model.modules():
+        loading._move_tensors(module._parameters, mover, moved)  # type: ignore[arg-type]
+    assert len(mover.seen) == 399 and model[150].weight is model[3].weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert parameter.device == META and parameter.dtype == before[name].dtype
+        assert parameter.shape == before[name].shape, name
+    assert all(old.numel() == 0 for old, _ in moved.values())
+
+
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(ids()[:, :8] % 200).logits  # type: ignore[no-any-return]

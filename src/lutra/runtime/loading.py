@@ -125,7 +125,7 @@ def move(model: Any, device: torch.device) -> Any:
     from lutra.nn import QuantizedLinear
 
     check_fits(model, device, type(model).__name__)
-    moved: dict[int, Tensor] = {}
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
     with _Mover(device) as mover:
         waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
         for module in model.modules():
@@ -143,17 +143,25 @@ def move(model: Any, device: torch.device) -> Any:
     return model.to(device)  # what is left, such as tensors that modules hold by themselves
 
 
-def _move_tensors(tensors: dict[str, Any], mover: _Mover, moved: dict[int, Tensor]) -> None:
+def _move_tensors(
+    tensors: dict[str, Any], mover: _Mover, moved: dict[int, tuple[Tensor, Tensor]]
+) -> None:
+    """Put moved tensors in the place of a module's own; tied ones stay tied.
+
+    Args:
+        moved: old and new tensors by the identity of the old, which are held, so that no other
+            tensor can have it, but emptied, so that a file can be unmapped.
+    """
     for name, tensor in tensors.items():
         if tensor is None or tensor.device == mover.device:
             continue
-        there = moved.get(id(tensor))
-        if there is None:
+        if id(tensor) not in moved:
             there = mover.move(tensor.data)
             if isinstance(tensor, nn.Parameter):
                 there = nn.Parameter(there, requires_grad=tensor.requires_grad)
-            moved[id(tensor)] = there  # tied weights stay tied
-        tensors[name] = there
+            tensor.data = tensor.data.new_empty(0)
+            moved[id(tensor)] = (tensor, there)
+        tensors[name] = moved[id(tensor)][1]
 
 
 def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: _Mover) -> None:
