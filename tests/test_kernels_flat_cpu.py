@@ -104,7 +104,7 @@ def test_grid(level: str, shape: tuple[int, int], bits: int) -> None:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     st.integers(1, 80), st.integers(1, 300), st.integers(0, 40), st.sampled_from([4, 8]),

@@ -128,6 +128,14 @@ struct FlatLayer {
     check(input.wide, wides, 0);
     check(input.low, lows, 0);
     check(input.source, others, -1);
+    // What passes through 32-bit integers must fit them.
+    constexpr float kLargest = 1 << 30;
+    constexpr int32_t kPieces = (1 << 30) / kFlatDigit;
+    bool fits = true;
+    for (int i = 0; i < in; i++) fits &= input.limit[i] >= 1 && input.limit[i] <= kLargest;
+    for (size_t i = 0; i < others; i++)
+      fits &= input.piece[i] >= -kPieces && input.piece[i] <= kPieces;
+    if (!fits) wrong("a limit or a piece of its plan");
   }
 };
 
