@@ -85,6 +85,9 @@ class LutraQuantizer(HfQuantizer):
         return scheme.format_of(name) or scheme.format_of(f"{prefix}.{name}")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if isinstance(head, nn.Linear) and head.weight.dtype != model.dtype:
+            head.to(model.dtype)  # transformers 5.17 leaves a head with an old name as it was saved
         if not is_preparing_later():
             _own_memory(model)
         join_siblings(model)
