@@ -145,3 +145,24 @@ def test_moving_is_fast() -> None:
     loading.move(model, torch.device("cuda", 0))
     torch.cuda.synchronize()
     assert size / (time.perf_counter() - begin) > 2e9
+
+
+def test_a_group_is_prepared_once_its_last_member_is_there_whatever_the_order():
+    prepared: list[str] = []
+
+    class Layer:
+        def __init__(self, name: str) -> None:
+            self.name, self.siblings = name, None
+
+        def prepare_if_local(self, dtype: torch.dtype) -> None:
+            prepared.append(self.name)
+
+    q, k, v, out = (Layer(name) for name in ("q", "k", "v", "out"))
+    group = type("Group", (), {"members": lambda self: [q, k, None, v]})()
+    q.siblings = k.siblings = v.siblings = group
+    mover = type("Mover", (), {"wait": lambda self: None})()
+    arrived: set[object] = set()
+    for layer, expected in ((k, 0), (v, 0), (out, 1), (q, 4)):
+        loading._prepare_when_whole(layer, torch.float16, mover, arrived)
+        assert len(prepared) == expected
+    assert prepared == ["out", "q", "k", "v"]

@@ -128,16 +128,17 @@ def move(model: Any, device: torch.device) -> Any:
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     with _Mover(device) as mover:
         waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
+        arrived: set[Any] = set()
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 _move_tensors(tensors, mover, moved)
             if isinstance(module, QuantizedLinear):
                 waiting.append((module, mover.submitted))
             while waiting and mover.sent >= waiting[0][1]:
-                _prepare_when_whole(waiting.popleft()[0], model.dtype, mover)
+                _prepare_when_whole(waiting.popleft()[0], model.dtype, mover, arrived)
         mover.finish()
         for layer, _ in waiting:
-            _prepare_when_whole(layer, model.dtype, mover)
+            _prepare_when_whole(layer, model.dtype, mover, arrived)
     if hasattr(model, "hf_device_map"):
         model.hf_device_map = {"": device}
     return model.to(device)  # what is left, such as tensors that modules hold by themselves
@@ -164,14 +165,18 @@ def _move_tensors(
         tensors[name] = moved[id(tensor)][1]
 
 
-def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: _Mover) -> None:
-    """Prepare a layer, or its group once the last member has arrived."""
+def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: _Mover, arrived: set[Any]) -> None:
+    """Prepare a layer that has arrived, or its group once all members have.
+
+    A family may hold its layers in another order than a group (OPT: k, v, q).
+    """
+    arrived.add(layer)
     members = [layer] if layer.siblings is None else layer.siblings.members()
-    if members[-1] is layer:
+    present = [member for member in members if member is not None]
+    if arrived.issuperset(present):
         mover.wait()
-        for member in members:
-            if member is not None:
-                member.prepare_if_local(dtype)
+        for member in present:
+            member.prepare_if_local(dtype)
 
 
 class _Mover:
