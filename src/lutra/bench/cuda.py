@@ -1,9 +1,9 @@
 """Time of one product on the GPU: our kernels beside cuBLAS and every peer that is installed.
 
 Protocol: random bit patterns and activations; as many distinct copies of the weight as exceed eight
-times the L2 cache, one call per copy captured in a CUDA graph, replays timed by events, median.
-Every implementation also multiplies one weight whose product is known in float64. The streaming
-read limit is measured in the same run.
+times the L2 cache, one call per copy captured in a CUDA graph, replays timed by events, median of
+15 (5 where a product takes long). Every implementation also multiplies one weight whose product is
+known in float64. The streaming read limit is measured in the same run.
 
 Bytes (`gbps`) are those of the stored tensors of an implementation: packed weight, scales, offsets.
 """
@@ -27,8 +27,9 @@ from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
 
 logger = logging.getLogger(__name__)
 
-REPLAYS = 15
+REPLAYS, LEAST_REPLAYS = 15, 5
 WARM_REPLAYS = 3
+REPLAY_US = 60_000  # for all replays of one measurement, if that leaves enough of them
 CACHE_MULTIPLE = 8  # distinct weights per replay, in L2 sizes
 MAX_CALLS = 400
 KNOWN_ROWS = 2048  # rows compared with float64
@@ -47,6 +48,7 @@ class Candidate:
         make: builds one weight with random content and gives back the call ``x -> y``.
         known: builds a weight and gives the call and the first rows of the stored weight in
             float64; None if that cannot be known.
+        program: which kernel multiplies a number of tokens, and why; ours only.
     """
 
     name: str
@@ -55,6 +57,23 @@ class Candidate:
     bytes: int
     make: Callable[[], Call]
     known: Callable[[], tuple[Call, Tensor]] | None = None
+    program: Callable[[int], tuple[str, str]] | None = None
+
+
+@dataclass
+class Measured:
+    """One implementation on one shape at one batch.
+
+    Attributes:
+        us: microseconds of a call over distinct weights.
+        error: relative error against float64; not a number where that is not known.
+        rounding: that of rounding the exact result to the dtype of the activations.
+    """
+
+    batch: int
+    us: float
+    error: float = math.nan
+    rounding: float = math.nan
 
 
 def read_limit_gbps(device: torch.device, gibibytes: int = 4) -> float:
@@ -85,7 +104,8 @@ def run(
 
     Returns:
         ``read_limit_gbps``, ``machine`` and ``rows``: ``implementation, shape, batch, bits, group,
-        us, gbps, speedup_vs_dense, relative_error``.
+        us, gbps, speedup_vs_dense, relative_error, rounding_error`` (of the exact result, rounded
+        to ``dtype``) and ``kernel`` (which of ours ran).
 
     Raises:
         KernelError: there is no CUDA device, or our kernels cannot run on it.
@@ -111,23 +131,29 @@ def run(
             except Exception as failure:  # a peer that fails is a result, not the end of the run
                 if candidate.name.startswith(("lutra", "cublas")):
                     raise
-                logger.warning("%s failed on %dx%d: %s", candidate.name, out_features, in_features,
-                               failure)
+                logger.warning(
+                    "%s failed on %dx%d: %s", candidate.name, out_features, in_features, failure
+                )
                 continue
-            for batch, us, error in measured:
+            for found in measured:
+                batch, us = found.batch, found.us
                 if candidate.name == "cublas":
                     dense[batch] = us
-                rows.append({
-                    "implementation": candidate.name,
-                    "shape": f"{out_features}x{in_features}",
-                    "batch": batch,
-                    "bits": candidate.bits,
-                    "group": candidate.group,
-                    "us": round(us, 3),
-                    "gbps": round(candidate.bytes / us / 1e3, 1),
-                    "speedup_vs_dense": round(dense[batch] / us, 3),
-                    "relative_error": None if math.isnan(error) else float(f"{error:.3g}"),
-                })
+                rows.append(
+                    {
+                        "implementation": candidate.name,
+                        "shape": f"{out_features}x{in_features}",
+                        "batch": batch,
+                        "bits": candidate.bits,
+                        "group": candidate.group,
+                        "us": round(us, 3),
+                        "gbps": round(candidate.bytes / us / 1e3, 1),
+                        "speedup_vs_dense": round(dense[batch] / us, 3),
+                        "relative_error": _three_digits(found.error),
+                        "rounding_error": _three_digits(found.rounding),
+                        "kernel": candidate.program(batch)[0] if candidate.program else None,
+                    }
+                )
     order = {f"{o}x{i}": n for n, (o, i) in enumerate(shapes)}
     rows.sort(key=lambda row: (order[row["shape"]], row["batch"]))
     return {"read_limit_gbps": round(limit, 1), "machine": _machine(device), "rows": rows}
@@ -135,8 +161,15 @@ def run(
 
 def _machine(device: torch.device) -> dict[str, str]:
     versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for package in ("cuda-bindings", "nvidia-cuda-nvrtc", "triton", "humming-kernels", "gemlite",
-                    "fbgemm-gpu-genai", "bitsandbytes"):
+    for package in (
+        "cuda-bindings",
+        "nvidia-cuda-nvrtc",
+        "triton",
+        "humming-kernels",
+        "gemlite",
+        "fbgemm-gpu-genai",
+        "bitsandbytes",
+    ):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -155,19 +188,22 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _measure(
-    candidate: Candidate, batches: Sequence[int], in_features: int, dtype: torch.dtype,
+    candidate: Candidate,
+    batches: Sequence[int],
+    in_features: int,
+    dtype: torch.dtype,
     properties: Any,
-) -> list[tuple[int, float, float]]:
-    """Batch, microseconds per call over distinct weights, and relative error, for every batch."""
+) -> list[Measured]:
+    """Time over distinct weights, and error, at every batch."""
     copies = -(-CACHE_MULTIPLE * properties.L2_cache_size // candidate.bytes) + 1
     copies = max(1, min(MAX_CALLS, copies))
     calls = [candidate.make() for _ in range(copies)]
     known = candidate.known() if candidate.known else None
-    # Few calls leave the launch of the graph itself in the time: repeat the rotation.
-    rounds = max(1, 8 // copies)
     found = []
     for batch in batches:
         x = torch.randn(batch, in_features, device="cuda", dtype=dtype)
+        # Few calls leave the launch of the graph itself in the time: repeat the rotation.
+        rounds = max(1, (8 if batch < 256 else 2) // copies)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -179,15 +215,22 @@ def _measure(
             for _ in range(rounds):
                 for call in calls:
                     call(x)
-        times = [_timed(graph.replay, x.device) for _ in range(WARM_REPLAYS + REPLAYS)]
-        us = statistics.median(times[WARM_REPLAYS:]) / (copies * rounds)
-        error = math.nan
+        warm = [_timed(graph.replay, x.device) for _ in range(WARM_REPLAYS)]
+        replays = min(REPLAYS, max(LEAST_REPLAYS, int(REPLAY_US / warm[-1])))
+        times = [_timed(graph.replay, x.device) for _ in range(replays)]
+        us = statistics.median(times) / (copies * rounds)
+        measured = Measured(batch, us)
         if known is not None:
             call, weight_OI = known
             exact = x.double() @ weight_OI.T
-            error = _relative_error(call(x)[:, : weight_OI.shape[0]], exact)
-        found.append((batch, us, error))
+            measured.error = _relative_error(call(x)[:, : weight_OI.shape[0]], exact)
+            measured.rounding = _relative_error(exact.to(dtype), exact)
+        found.append(measured)
     return found
+
+
+def _three_digits(value: float) -> float | None:
+    return None if math.isnan(value) else float(f"{value:.3g}")
 
 
 def _relative_error(y: Tensor, exact: Tensor) -> float:
@@ -212,7 +255,12 @@ def _dense(
 
 
 def _ours(
-    kind: str, out_features: int, in_features: int, bits: int, group: int, dtype: torch.dtype,
+    kind: str,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Candidate:
     from lutra.kernels.dispatch import LinearSpec, choose
@@ -236,16 +284,27 @@ def _ours(
         weight = random_weight()
         prepared = kernel.prepare(weight, spec)
         rows = slice(0, KNOWN_ROWS)
-        part = BitPlanes(weight.planes[:, rows], weight.scale[:, rows], weight.offset[rows],
-                         in_features, group_size)
+        part = BitPlanes(
+            weight.planes[:, rows],
+            weight.scale[:, rows],
+            weight.offset[rows],
+            in_features,
+            group_size,
+        )
         return (lambda x: kernel.linear(x, prepared, None, spec)), part.unpack(torch.float64)
 
     size = stored_bytes(out_features, in_features, bits, group_size, uniform)
-    return Candidate(f"lutra-{kind}", bits, group, size, make, known)
+    return Candidate(
+        f"lutra-{kind}", bits, group, size, make, known, lambda batch: kernel.describe(spec, batch)
+    )
 
 
 def random_planes(
-    out_features: int, in_features: int, bits: int, group_size: int, uniform: bool,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    uniform: bool,
     device: torch.device,
 ) -> BitPlanes:
     """A weight of random bits, with scales of plausible size in float16."""
@@ -272,8 +331,11 @@ def stored_bytes(
 
 
 def tune(
-    shapes: Sequence[tuple[int, int]], batches: Sequence[int], bits: Sequence[int],
-    group_sizes: Sequence[int], kinds: Sequence[str] = ("bcq", "ubcq"),
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    bits: Sequence[int],
+    group_sizes: Sequence[int],
+    kinds: Sequence[str] = ("bcq", "ubcq"),
     path: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the plans of our own kernels and keep the fastest of each in a table.
@@ -309,7 +371,12 @@ def tune(
                         weights.append((planes, scales))
                     torch.cuda.synchronize()
                     rows += tuning.measure(
-                        weights, layout, uniform, batches, torch.float16, gpu,
+                        weights,
+                        layout,
+                        uniform,
+                        batches,
+                        torch.float16,
+                        gpu,
                         tuning.median_graph_us,
                     )
                     del weights
@@ -319,8 +386,13 @@ def tune(
 
 
 def _peers(
-    wanted: list[str] | None, out_features: int, in_features: int, bits: int, group: int,
-    dtype: torch.dtype, device: torch.device,
+    wanted: list[str] | None,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Candidate]:
     from lutra.bench.peers_cuda import PEERS
 

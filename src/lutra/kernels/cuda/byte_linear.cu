@@ -1,67 +1,105 @@
-// y = x W^T for 3 to 8 tokens, on 8-bit tensor cores.
+// y = x W^T for 3 to 16 tokens, on 8-bit tensor cores.
 //
-// Eight masks turn a plane word into eight operands of four bytes, each 0 or 128: byte i of mask j is
-// input j + 8 i of the word. The activations are 16-bit integers per slice of 128 inputs, times one
-// scale, as two signed bytes 256 hi + lo; the 8 columns of a product (m16n8k32) are hi and lo of four
-// tokens, so that lane t holds both sums of token t. Sums are exact integers until the group's alpha
-// multiplies them in fp32; two runs give the same bits.
+// Masks turn a plane word into eight operands of four bytes: byte i of operand j is input j + 8 i of the
+// word, as 0 or 128 if j is odd and as 0 or 64 if it is even, so that one shift serves two operands. The
+// activations are integers per slice of 128 inputs, times one scale, those of even j twice as fine, as
+// two signed bytes 256 hi + lo; the 8 columns of a product (m16n8k32) are hi and lo of four tokens, so
+// that lane t holds both sums of token t. Sums are exact integers until the group's alpha multiplies
+// them in fp32; two runs give the same bits. The rounding of x is 2^-15 of the largest |x| of its slice
+// for odd j, 2^-16 for even. With uniform levels of up to 4 bits the planes of a code meet in a byte,
+// each further one a bit lower, and are multiplied at once.
 //
-// Shared memory per slice and four tokens: x [2 halves][32 lanes][4] words; records [SPLITS][4 tokens].
+// Four slots of shared memory hold x of four tokens as [2 halves][32 lanes][4] words.
 
 #include "few_tokens.cuh"
 
-constexpr int SIDE = TOKENS > 8 ? (BITS < 2 ? 1 : 2) : (BITS <= 4 ? BITS : (BITS + 1) / 2);
+constexpr int SIDE = TOKENS > 8 ? 1 : (BITS <= 4 ? BITS : (BITS + 1) / 2);
+constexpr bool CODES = UNIFORM && BITS <= 4;
 constexpr int FOURS = TOKENS / 4;   // TOKENS is a multiple of 4; those past p.tokens are zero
 
-DEVICE void byte_product(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+DEVICE void byte_product(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, int4 c) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1),
+        "r"(c.x), "r"(c.y), "r"(c.z), "r"(c.w));
 }
 
 struct Bytes {
-  static constexpr int SLICE_X_BYTES = 1024, SLICE_RECORDS = SPLITS * 4;   // of four tokens
-  static constexpr int X_BYTES = 2 * FOURS * SLICE_X_BYTES;
-  static constexpr int RECORD_BYTES = 2 * FOURS * SLICE_RECORDS * 16;
+  static constexpr int SLOT_BYTES = 256, FOUR_BYTES = 4 * SLOT_BYTES, RECORDS = FOURS;
   struct Sums { float2 row[FOURS]; };   // rows g and g + 8 of token 4 m + t
 
-  // One thread takes 32 inputs of one token; four neighbours are a slice.
-  static DEVICE void cut(const Arguments& p, char* x, char* records, int first_item, int items) {
-    const int blocks = items * 8, tasks = blocks * TOKENS;
-    for (int base = 0; base < tasks; base += THREADS) {
-      const int task = base + threadIdx.x, token = task / blocks, block = task % blocks;
-      const int t = block & 3, slice = block >> 2, four = token >> 2, column = (token & 3) * 2;
-      float v[32];
-      u32 r[32];
-      load_block(p, task < tasks ? token : TOKENS, (first_item * 8 + block) * 32, v);
-      const Slice s = round_block<32512, 128>(v, r);   // r = x + 128: byte 1 is hi, byte 0 is lo + 128
-      if (task < tasks) {
-        u32 hi[8], lo[8];
+  static DEVICE void cut(int slot, bool active, char* x, char* records) {
+    constexpr int SHARE = 4 / SPLITS;   // neighbours that share a group
+    const int t = threadIdx.x & 3, four = slot >> 2, column = (slot & 3) * 2;
+    u32 r[32];
+    // r = x + 128: byte 1 is hi, byte 0 is lo + 128. Even inputs are in halves of the unit.
+    const Block block = round_block<16256, 128, true, SLOT_BYTES>(x, slot, r);
+    int halves = 0;   // the sum of the integers, in those
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-          const u32 ab = __byte_perm(r[j], r[j + 8], 0x5140);
-          const u32 cd = __byte_perm(r[j + 16], r[j + 24], 0x5140);
-          lo[j] = __byte_perm(ab, cd, 0x5410) ^ 0x80808080u;
-          hi[j] = __byte_perm(ab, cd, 0x7632);
-        }
-        uint4* words = (uint4*)(x + (slice * FOURS + four) * SLICE_X_BYTES) + 4 * column + t;
-        words[0] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
-        words[4] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
-        words[32] = make_uint4(hi[4], hi[5], hi[6], hi[7]);
-        words[36] = make_uint4(lo[4], lo[5], lo[6], lo[7]);
-        constexpr int SHARE = 4 / SPLITS;   // neighbours that share a group
-        const float scale = s.largest * (1.f / 32512.f);
-        if (t % SHARE == 0)
-          ((float4*)records)[((slice * FOURS + four) * SPLITS + t / SHARE) * 4 + (token & 3)] =
-              make_float4(scale * (2.f / 128.f), -scale * (float)s.total, s.sum, 0.f);
+    for (int i = 0; i < 32; i++)
+      halves += (int)(r[i] - (MAGIC_BITS + 128)) * (i & 1 ? 2 : 1);
+    halves = sum_of_group(halves);
+    u32 hi[8], lo[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const u32 ab = __byte_perm(r[j], r[j + 8], 0x5140);
+      const u32 cd = __byte_perm(r[j + 16], r[j + 24], 0x5140);
+      lo[j] = __byte_perm(ab, cd, 0x5410) ^ 0x80808080u;
+      hi[j] = __byte_perm(ab, cd, 0x7632);
+    }
+    __syncwarp();   // x of the four slots has been read
+    if (!active) return;
+    uint4* words = (uint4*)(x + four * FOUR_BYTES) + 4 * column + t;
+    words[0] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    words[4] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+    words[32] = make_uint4(hi[4], hi[5], hi[6], hi[7]);
+    words[36] = make_uint4(lo[4], lo[5], lo[6], lo[7]);
+    if (t % SHARE == 0) {
+      Record& record = ((Record*)records)[four * SPLITS + t / SHARE];
+      const int start = -(CODES ? 64 - (64 >> BITS) : 32) * halves;
+      record.start[slot & 3] = make_int4(0, start, 0, start);
+      record.worth[slot & 3] = make_float2(block.largest * (2.f / 128.f / 16256.f), block.sum);
+    }
+  }
+
+  // One slice of uniform levels; sums in units of plane 0.
+  static DEVICE void multiply_codes(const uint2* planes, const uint4 (&b)[FOURS][2],
+                                    const Record* record, bool mine, int t, float2 (&sum)[FOURS]) {
+    uint2 w[BITS];
+    int d[FOURS][4];
+#pragma unroll
+    for (int q = 0; q < BITS; q++) w[q] = mine ? planes[q * 32] : make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      u32 a[4] = {};
+#pragma unroll
+      for (int q = 0; q < BITS; q++) {
+        const int left = 6 - 2 * i - q;
+        const u32 low = left < 0 ? w[q].x >> -left : w[q].x * (1u << (left & 31));
+        const u32 high = left < 0 ? w[q].y >> -left : w[q].y * (1u << (left & 31));
+        a[0] |= low & (0x40404040u >> q);
+        a[1] |= high & (0x40404040u >> q);
+        a[2] |= low & (0x80808080u >> q);
+        a[3] |= high & (0x80808080u >> q);
+      }
+#pragma unroll
+      for (int m = 0; m < FOURS; m++) {
+        const uint4 half = b[m][i >> 1];
+        const int4 c = i ? make_int4(d[m][0], d[m][1], d[m][2], d[m][3]) : record[m * SPLITS].start[t];
+        byte_product(d[m], a, i & 1 ? half.z : half.x, i & 1 ? half.w : half.y, c);
       }
     }
+#pragma unroll
+    for (int m = 0; m < FOURS; m++)
+      sum[m] = make_float2((float)multiply_add(d[m][0], 256, d[m][1]),
+                           (float)multiply_add(d[m][2], 256, d[m][3]));
   }
 
   static DEVICE void multiply(const char* stage, const char* x, const char* records, int lane,
                               Sums& sums) {
     const int t = lane & 3, g = lane >> 2;
-#pragma unroll 1
+#pragma unroll (CODES && TOKENS <= 4 ? 2 : 1)
     for (int slice = 0; slice < 2; slice++) {
       const uint2* planes = (const uint2*)(stage + slice * SLICE_BYTES) + lane;
       uint4 b[FOURS][2];
@@ -69,33 +107,36 @@ struct Bytes {
       for (int m = 0; m < FOURS; m++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          b[m][h] = ((const uint4*)(x + (slice * FOURS + m) * SLICE_X_BYTES))[h * 32 + lane];
+          b[m][h] = ((const uint4*)(x + (slice * FOURS + m) * FOUR_BYTES))[h * 32 + lane];
 #pragma unroll 1
       for (int split = 0; split < SPLITS; split++) {
         const Scales scales(stage, slice, split, g);
         const bool mine = SPLITS == 1 || t / (4 / SPLITS) == split;
-        float2 sum[FOURS] = {}, alphas = make_float2(0.f, 0.f);
+        const Record* record = (const Record*)records + slice * FOURS * SPLITS + split;
+        float2 sum[FOURS] = {};
+        if (CODES) multiply_codes(planes, b, record, mine, t, sum);
 #pragma unroll 1
-        for (int first = 0; first < BITS; first += SIDE) {   // planes side by side hide the latency
+        for (int first = CODES ? BITS : 0; first < BITS; first += SIDE) {   // side by side: latency
           uint2 w[SIDE];
-          int d[SIDE][FOURS][4] = {};
+          int d[SIDE][FOURS][4];
 #pragma unroll
-          for (int q = 0; q < SIDE; q++) {
+          for (int q = 0; q < SIDE; q++)
             w[q] = mine && first + q < BITS ? planes[(first + q) * 32] : make_uint2(0, 0);
-          }
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             // Left shifts by multiplication run beside the masks, on another pipe.
-            const u32 even = 1u << (7 - 2 * i), odd = 1u << (6 - 2 * i);
+            const u32 shift = 1u << (6 - 2 * i);
 #pragma unroll
             for (int q = 0; q < SIDE; q++) {
-              const u32 a[4] = {(w[q].x * even) & 0x80808080u, (w[q].y * even) & 0x80808080u,
-                                (w[q].x * odd) & 0x80808080u, (w[q].y * odd) & 0x80808080u};
+              const u32 low = w[q].x * shift, high = w[q].y * shift;
+              const u32 a[4] = {low & 0x40404040u, high & 0x40404040u, low & 0x80808080u,
+                                high & 0x80808080u};
 #pragma unroll
               for (int m = 0; m < FOURS; m++) {
                 const uint4 half = b[m][i >> 1];
-                if (i & 1) byte_product(d[q][m], a, half.z, half.w);
-                else byte_product(d[q][m], a, half.x, half.y);
+                int(&sums)[4] = d[q][m];
+                const int4 c = i ? make_int4(sums[0], sums[1], sums[2], sums[3]) : record[m * SPLITS].start[t];
+                byte_product(sums, a, i & 1 ? half.z : half.x, i & 1 ? half.w : half.y, c);
               }
             }
           }
@@ -103,21 +144,16 @@ struct Bytes {
           for (int q = 0; q < SIDE; q++) {
             if (first + q >= BITS) break;
             const float2 alpha = scales.alpha(first + q);
-            alphas.x += alpha.x;
-            alphas.y += alpha.y;
 #pragma unroll
             for (int m = 0; m < FOURS; m++) {
-              sum[m].x = fmaf(alpha.x, (float)(256 * d[q][m][0] + d[q][m][1]), sum[m].x);
-              sum[m].y = fmaf(alpha.y, (float)(256 * d[q][m][2] + d[q][m][3]), sum[m].y);
+              sum[m].x = fmaf(alpha.x, (float)multiply_add(d[q][m][0], 256, d[q][m][1]), sum[m].x);
+              sum[m].y = fmaf(alpha.y, (float)multiply_add(d[q][m][2], 256, d[q][m][3]), sum[m].y);
             }
           }
         }
 #pragma unroll
-        for (int m = 0; m < FOURS; m++) {
-          const float4 record =
-              ((const float4*)records)[((slice * FOURS + m) * SPLITS + split) * 4 + t];
-          scales.add(sums.row[m], sum[m], alphas, record);
-        }
+        for (int m = 0; m < FOURS; m++)
+          scales.add(sums.row[m], sum[m], record[m * SPLITS].worth[t]);
       }
     }
   }

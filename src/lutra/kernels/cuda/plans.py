@@ -6,6 +6,7 @@ of the layout and the card. Which one is taken: `tuning.py`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,7 +14,10 @@ from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
 
 MAX_FEW_TOKENS = 16
-RING_BYTES = 96 << 10  # of weights in flight per block; half of it still hides the latency
+RING_BYTES = 176 << 10  # of weights in flight per block
+LEAST_RING_BYTES = 48 << 10  # still hides the latency
+SMALL_WEIGHT = 24 << 20  # numbers
+BARRIER_BYTES = 1024  # of shared memory that the kernels for few tokens take besides
 DENSE_WORKSPACE_BYTES = 128 << 20
 FIELD_WIDTHS = (8, 16, 32, 64)
 
@@ -30,6 +34,7 @@ class FewPlan:
         k_warps: warps that share one tile's inputs; the others take further tiles.
         panel_items: items of x that a block holds at a time.
         grid, shared_bytes: of the launch.
+        early: items per warp that are fetched before the kernel ahead has finished.
     """
 
     kernel: str
@@ -41,6 +46,7 @@ class FewPlan:
     panel_items: int
     grid: int
     shared_bytes: int
+    early: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,73 +95,121 @@ def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tu
     """Plans for 1 to 16 tokens; none if the card has too little shared memory for so many."""
     if tokens > MAX_FEW_TOKENS:
         return ()
-    one = _few_plan(layout, scale_bytes, tokens, device, RING_BYTES, 1, 1)
-    plans = [one]
-    if tokens <= 4 and layout.group >= 128 and device.capability == (9, 0):  # else they spill
-        for grid in (1, 2):
-            plans.append(_few_plan(layout, scale_bytes, tokens, device, RING_BYTES // 2, 2, grid))
-    if one is not None and one.k_warps < one.warps:
-        plans.append(_few_plan(layout, scale_bytes, tokens, device, RING_BYTES, 1, 1, one.warps))
+    one = _whole_plan(layout, scale_bytes, tokens, device)
+    if one is None:
+        one = _panel_plan(layout, scale_bytes, tokens, device)
+    if one is None:
+        return ()
+    plans: list[FewPlan | None] = [one]
+    if tokens <= 4 and layout.group >= 128 and device.capability == (9, 0):  # measured there
+        shapes = [(16, stages, 1, 1, 1) for stages in (2, 3, 4, 5, 6, 7)]
+        shapes += [(8, stages, 2, 2, 1) for stages in (4, 5, 6)]
+        if layout.bits <= 2:  # an item is short: two make up for the start
+            shapes.append((16, 5, 1, 1, 2))
+        if layout.rows * layout.inputs <= SMALL_WEIGHT:  # x is what a small product waits for
+            shapes += [(16, stages, 1, 1, 0) for stages in (2, 3, 4, 5)]
+        for (warps, stages, blocks, grid, early), k_warps in itertools.product(shapes, (4, 8, 16)):
+            plans.append(
+                _whole_plan(
+                    layout, scale_bytes, tokens, device, warps, stages, blocks, grid, k_warps, early
+                )
+            )
+    elif one.panel_items == layout.items and one.k_warps < one.warps:
+        plans.append(_whole_plan(layout, scale_bytes, tokens, device, k_warps=one.warps))
     return tuple(dict.fromkeys(plan for plan in plans if plan is not None))
 
 
-def _few_plan(
-    layout: Layout, scale_bytes: int, tokens: int, device: Card, ring_bytes: int, blocks: int,
-    grid_factor: int, k_warps: int | None = None,
-) -> FewPlan | None:
-    splits = max(1, 128 // layout.group)
-    # A token costs the binary kernel 12 instructions a plane, the other one 2.5, and 30 once.
-    if tokens <= 2:
-        kernel, compiled = "binary_linear", tokens
-        per_item = tokens * (512 + 2 * splits * 64)
-    else:
-        kernel, compiled = "byte_linear", next(n for n in (4, 8, 16) if n >= tokens)
-        per_item = compiled // 4 * (2048 + 2 * splits * 64)
-    scales = (256 // layout.group) * 8 * layout.slots * 2 * scale_bytes
-    stage = layout.bits * 512 + scales
-    tile_bytes = compiled * TILE_ROWS * 4
-    limit = device.shared_bytes
-    if blocks == 2:
-        limit = min(limit, device.processor_shared_bytes // 2 - 1024)
+@dataclass(frozen=True)
+class _FewSizes:
+    """Bytes of shared memory that a block for few tokens takes."""
 
-    def fixed(warps: int, stages: int) -> int:
-        return warps * stages * stage + 2 * warps * tile_bytes
+    kernel: str
+    compiled: int  # tokens
+    item: int  # of x
+    stage: int  # of weights
+    tile: int  # of sums
+
+    @classmethod
+    def of(cls, layout: Layout, scale_bytes: int, tokens: int) -> _FewSizes:
+        records = 2 * max(1, 128 // layout.group) * 96
+        # A token costs the binary kernel 12 instructions a plane, the other one 2.5, and 25 once.
+        if tokens <= 2:
+            kernel, compiled, item = "binary_linear", tokens, tokens * (576 + records)
+        else:
+            kernel, compiled = "byte_linear", next(n for n in (4, 8, 16) if n >= tokens)
+            item = compiled // 4 * (2048 + records)
+        scales = (256 // layout.group) * 8 * layout.slots * 2 * scale_bytes
+        return cls(kernel, compiled, item, layout.bits * 512 + scales, compiled * TILE_ROWS * 4)
+
+    def fixed(self, warps: int, stages: int) -> int:
+        return warps * (stages * self.stage + 2 * self.tile)
+
+
+def _whole_plan(
+    layout: Layout, scale_bytes: int, tokens: int, device: Card, warps: int = 0, stages: int = 0,
+    blocks: int = 1, grid_factor: int = 1, k_warps: int = 0, early: int = 1,
+) -> FewPlan | None:
+    """A plan that holds all of x, if that fits; zeros: by rule."""
+    sizes = _FewSizes.of(layout, scale_bytes, tokens)
+    limit = device.shared_bytes
+    if blocks > 1:
+        limit = min(limit, device.processor_shared_bytes // blocks - 1024)
+    room = limit - BARRIER_BYTES - layout.items * sizes.item
+    warps = warps or _warps(device)
+    if not stages:
+        most = max(2, min(6, RING_BYTES // (warps * sizes.stage)))
+        least = max(2, min(most, _ceil(LEAST_RING_BYTES, warps * sizes.stage)))
+        fitting = (s for s in range(most, least - 1, -1) if sizes.fixed(warps, s) <= room)
+        stages = next(fitting, 0)
+    if not stages or k_warps > warps or sizes.fixed(warps, stages) > room:
+        return None
+    processors = device.processors * grid_factor
+    k_warps = k_warps or _k_warps(layout, warps, processors)
+    grid = min(processors, _ceil(layout.tiles, warps // k_warps))
+    shared = sizes.fixed(warps, stages) + layout.items * sizes.item
+    return FewPlan(
+        sizes.kernel, sizes.compiled, warps, stages, blocks, k_warps, layout.items, grid, shared,
+        early,
+    )
+
+
+def _panel_plan(
+    layout: Layout, scale_bytes: int, tokens: int, device: Card
+) -> FewPlan | None:
+    """A plan that holds a part of x at a time: as many warps as possible, then as few parts."""
+    sizes = _FewSizes.of(layout, scale_bytes, tokens)
+
+    def kept(row_parts: int) -> int:
+        """Bytes of sums between the parts."""
+        return _ceil(layout.tiles, device.processors * row_parts) * row_parts * sizes.tile
 
     def room(warps: int, stages: int, row_parts: int) -> int:
-        """Items of x that fit if rows are walked in panels."""
-        steps = _ceil(layout.tiles, device.processors * row_parts)
-        left = limit - fixed(warps, stages) - steps * row_parts * tile_bytes
-        return max(left, 0) // per_item
+        """Items of x that fit."""
+        left = device.shared_bytes - BARRIER_BYTES - sizes.fixed(warps, stages) - kept(row_parts)
+        return max(left, 0) // sizes.item
 
-    processors = device.processors * grid_factor
-    warps = 16 if device.shared_bytes >= 160 << 10 else 8
-    most = max(2, min(6, ring_bytes // (16 * stage)))
-    least = max(2, min(most, _ceil(ring_bytes // 2, 16 * stage)))
-    for stages in range(most, least - 1, -1):
-        shared = fixed(warps, stages) + layout.items * per_item
-        if shared <= limit:
-            k_warps = k_warps or _k_warps(layout, warps, processors)
-            panel = layout.items
-            break
-    else:
-        if blocks > 1 or k_warps is not None:
-            return None
-        # Panels: as many warps as possible, then as few panels.
-        options = [
-            (w, s, k)
-            for w in (16, 8, 4) if w <= warps
-            for s in (least, 2)
-            for k in (16, 8, 4) if k <= w and room(w, s, w // k) >= k
-        ]
-        if not options:
-            return None
-        warps, stages, k_warps = options[0]
-        panels = _ceil(layout.items, room(warps, stages, warps // k_warps) // k_warps * k_warps)
-        panel = min(_ceil(_ceil(layout.items, panels), k_warps) * k_warps, layout.items)
-        steps = _ceil(layout.tiles, device.processors * (warps // k_warps))
-        shared = fixed(warps, stages) + panel * per_item + steps * (warps // k_warps) * tile_bytes
-    grid = min(processors, _ceil(layout.tiles, warps // k_warps))
-    return FewPlan(kernel, compiled, warps, stages, blocks, k_warps, panel, grid, shared)
+    least = max(2, _ceil(LEAST_RING_BYTES, 16 * sizes.stage))
+    options = [
+        (w, s, k)
+        for w in (16, 8, 4) if w <= _warps(device)
+        for s in (least, 2)
+        for k in (16, 8, 4) if k <= w and room(w, s, w // k) >= k
+    ]
+    if not options:
+        return None
+    warps, stages, k_warps = options[0]
+    parts = warps // k_warps
+    panels = _ceil(layout.items, room(warps, stages, parts) // k_warps * k_warps)
+    panel = min(_ceil(_ceil(layout.items, panels), k_warps) * k_warps, layout.items)
+    shared = sizes.fixed(warps, stages) + panel * sizes.item + kept(parts)
+    grid = min(device.processors, _ceil(layout.tiles, parts))
+    return FewPlan(
+        sizes.kernel, sizes.compiled, warps, stages, 1, k_warps, panel, grid, shared
+    )
+
+
+def _warps(device: Card) -> int:
+    return 16 if device.shared_bytes >= 160 << 10 else 8
 
 
 def _k_warps(layout: Layout, warps: int, processors: int) -> int:

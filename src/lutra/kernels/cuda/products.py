@@ -109,6 +109,7 @@ def few_defines(
     """Compile-time parameters of `binary_linear.cu` and `byte_linear.cu`."""
     return format_defines(layout, uniform, scale, x) | {
         "TOKENS": plan.tokens, "WARPS": plan.warps, "STAGES": plan.stages, "BLOCKS": plan.blocks,
+        "EARLY": plan.early,
     }
 
 
