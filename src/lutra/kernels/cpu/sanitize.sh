@@ -17,5 +17,5 @@ cd "$work"
 # Python and torch were not built with it, so its library comes first, and what they leak is theirs.
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
-  PYTHONPATH="$work/src" python -m pytest -q -p no:cacheprovider tests/test_kernels_cpu.py \
-  tests/test_kernels_cpu_boundary.py tests/test_kernels_flat_cpu.py "$@"
+  PYTHONPATH="$work/src" python -m pytest -q -p no:cacheprovider --capture=sys tests/test_kernels_cpu.py \
+  tests/test_kernels_cpu_boundary.py tests/test_kernels_cpu_token.py tests/test_kernels_flat_cpu.py "$@"
