@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,12 @@ from lutra.kernels.cuda import CudaKernel, kernels, tuning
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import from_kernel_order, layout_of, to_kernel_order
 from lutra.kernels.cuda.plans import (
+    CodePlan,
     DensePlan,
     FewPlan,
     FieldPlan,
+    code_plans,
+    code_shared_bytes,
     dense_plans,
     few_plans,
     field_plans,
@@ -87,6 +93,15 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
                     assert field.shared_bytes <= card.shared_bytes
                     assert (field.shared_bytes + 1024) * field.blocks <= card.processor_shared_bytes
                     assert field.row_blocks * field.warpgroups * 64 >= shape[0]
+                codes = code_plans(layout, False, 2, tokens, card)
+                assert bool(codes) == (card is H200 and layout.group >= 128 and bits <= 4)
+                for code in codes:
+                    shared = code_shared_bytes(
+                        layout, False, code.tokens, code.warpgroups, code.stages
+                    )
+                    assert shared <= card.shared_bytes
+                    assert (shared + 1024) * code.blocks <= card.processor_shared_bytes
+                    assert code.cluster <= layout.items * 2 and code.near_tiles > 0
             for dense in dense_plans(layout):
                 assert dense.rows % 16 == 0 and dense.rows > 0
 
@@ -94,7 +109,10 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
 def test_choice_comes_with_a_reason() -> None:
     layout = layout_of(4096, 4096, 3, 128, True)
     kinds = [type(choose(layout, True, 2, tokens, H200)[0]) for tokens in (1, 16, 4096)]
-    assert kinds == [FewPlan, FieldPlan, DensePlan]
+    assert kinds == [FewPlan, CodePlan, CodePlan]
+    wide = layout_of(4096, 4096, 6, 128, False)
+    kinds = [type(choose(wide, False, 2, tokens, H200)[0]) for tokens in (1, 16, 64, 4096)]
+    assert kinds == [FewPlan, FewPlan, FieldPlan, DensePlan]
     assert type(choose(layout, True, 2, 40, L4)[0]) is DensePlan
     assert all(choose(layout, True, 2, tokens, L4)[1] for tokens in (1, 40))
 
@@ -111,14 +129,14 @@ def test_measured_table_is_read_and_a_broken_one_is_not(
     tuning.save([row], H200, path)
     assert choose(layout, True, 2, 12, H200)[0] == plan
     assert "9.5 us" in choose(layout, True, 2, 12, H200)[1]
-    assert isinstance(choose(layout, True, 2, 17, H200)[0], FieldPlan)
+    assert isinstance(choose(layout, True, 2, 17, H200)[0], CodePlan)
     row["plan"] = asdict(plan) | {"shared_bytes": 1 << 20}  # a table of another version
     tuning.save([row], H200, path)
-    assert isinstance(choose(layout, True, 2, 12, H200)[0], FieldPlan)
+    assert isinstance(choose(layout, True, 2, 12, H200)[0], CodePlan)
     path.write_text("{")
     tuning._table.cache_clear()
     choose.cache_clear()
-    assert isinstance(choose(layout, True, 2, 12, H200)[0], FieldPlan)
+    assert isinstance(choose(layout, True, 2, 12, H200)[0], CodePlan)
     assert "is not used" in caplog.text
     tuning._table.cache_clear()
     choose.cache_clear()
@@ -146,17 +164,18 @@ def test_fake_op_gives_shape_and_dtype() -> None:
 
 
 def test_argument_structs_mirror_the_sources() -> None:
-    import ctypes
-    import re
-
     from lutra.kernels.cuda import nvrtc, products
 
-    c_types = {"int": ctypes.c_int, "long long": ctypes.c_longlong}
+    c_types = {
+        "int": ctypes.c_int, "long long": ctypes.c_longlong, "TensorMap": ctypes.c_ulonglong * 16,
+    }
     structs = {
         "binary_linear": products._FewArguments, "byte_linear": products._FewArguments,
         "arrange": products._ArrangeArguments, "field_linear": products._FieldArguments,
+        "code_linear": products._CodeArguments, "steps": products._StepsArguments,
         "dequantize": products._DequantizeArguments,
     }
+    assert ctypes.sizeof(products._CodeArguments) % 64 == 0  # as the compiler pads it
     for name, struct in structs.items():
         body = re.search(r"struct Arguments \{(.*?)\};", nvrtc.source(name), re.DOTALL)
         assert body is not None
@@ -168,7 +187,7 @@ def test_argument_structs_mirror_the_sources() -> None:
             assert words is not None, declaration
             kind = ctypes.c_void_p if "*" in words[1] else c_types[words[1]]
             fields += [(field.strip(), kind) for field in words[2].split(",")]
-        assert fields == struct._fields_, name
+        assert fields == [field for field in struct._fields_ if field[0] != "padding"], name
 
 
 def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,17 +214,32 @@ def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         products, "dense_workspace", lambda device, dtype: torch.empty(64 * 300, dtype=dtype)
     )
-    weight = random_weight(200, 300, 3, 128, True, torch.float16)
-    layout = layout_of(200, 300, 3, 128, True)
-    planes, scales = to_kernel_order(weight, layout)
+    boxes = []
+
+    def word_boxes(
+        pointer: int, rows: int, columns: int, box_rows: int, box_columns: int
+    ) -> object:
+        assert pointer % 16 == 0 and columns % 4 == 0 and columns % box_columns == 0
+        assert box_rows <= 256 and box_columns <= 256
+        boxes.append(rows)
+        return (ctypes.c_ulonglong * 16)()
+
+    monkeypatch.setattr(products, "word_boxes", word_boxes)
     names = set()
-    for tokens in (1, 2, 3, 9, 16, 33, 70, 500):
-        launches.clear()
-        x = torch.randn(tokens, 600, dtype=torch.float16)[:, :300]
-        y = products.multiply(x, planes, scales, torch.zeros(200).half(), layout, True)
-        assert y.shape == (tokens, 200) and launches
-        names |= {launch[0] for launch in launches}
-        if launches[0][0] != "dequantize":
-            first = launches[0][1]
-            assert first.x == x.data_ptr() and first.x_stride == 600  # type: ignore[attr-defined]
-    assert names == {"binary_linear", "byte_linear", "arrange", "field_linear", "dequantize"}
+    for bits in (3, 5):
+        weight = random_weight(200, 300, bits, 128, True, torch.float16)
+        layout = layout_of(200, 300, bits, 128, True)
+        planes, scales = to_kernel_order(weight, layout)
+        for tokens in (1, 2, 3, 9, 16, 33, 70, 500):
+            launches.clear()
+            x = torch.randn(tokens, 600, dtype=torch.float16)[:, :300]
+            y = products.multiply(x, planes, scales, torch.zeros(200).half(), layout, True)
+            assert y.shape == (tokens, 200) and launches
+            names |= {launch[0] for launch in launches}
+            if launches[0][0] != "dequantize":
+                first: Any = launches[0][1]
+                assert first.x == x.data_ptr() and first.x_stride == 600
+    assert set(boxes) == {layout.tiles}
+    assert names == {
+        "binary_linear", "byte_linear", "arrange", "field_linear", "code_linear", "dequantize",
+    }

@@ -19,8 +19,8 @@ from lutra.errors import KernelError
 from lutra.kernels.cuda import nvrtc
 from lutra.kernels.cuda.launch import TYPICAL_CARDS as CARDS
 from lutra.kernels.cuda.layout import layout_of
-from lutra.kernels.cuda.plans import few_plans, field_plans
-from lutra.kernels.cuda.products import few_defines, field_defines
+from lutra.kernels.cuda.plans import code_plans, few_plans, field_plans, has_steps
+from lutra.kernels.cuda.products import code_defines, few_defines, field_defines
 
 try:
     nvrtc.version()
@@ -63,6 +63,14 @@ def instances(arch: str) -> Iterator[tuple[str, Defines]]:
                 arrange, main = field_defines(field, layout, uniform, scale, x)
                 yield "arrange", arrange
                 yield "field_linear", main
+        for tokens in (8, 16, 32, 64, 128) if ALL else (16, 64, 128):
+            codes = code_plans(layout, uniform, scale.itemsize, tokens, CARDS[arch])
+            for code in codes if ALL else codes[:1]:
+                arrange, main = code_defines(code, layout, uniform, scale, x)
+                yield "arrange", arrange
+                yield "code_linear", main
+                if has_steps(layout, uniform):
+                    yield "steps", form
 
 
 @pytest.mark.parametrize("arch", CARDS)

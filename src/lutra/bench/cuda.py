@@ -349,6 +349,7 @@ def tune(
     from lutra.kernels.cuda import tuning
     from lutra.kernels.cuda.launch import card
     from lutra.kernels.cuda.layout import layout_of, to_kernel_order
+    from lutra.kernels.cuda.products import add_steps
 
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = card(torch.cuda.current_device())
@@ -368,7 +369,8 @@ def tune(
                             out_features, in_features, b, group_size, uniform, device
                         )
                         planes, scales = to_kernel_order(weight, layout)
-                        weights.append((planes, scales))
+                        torch.cuda.synchronize()  # before a kernel reads what another has written
+                        weights.append((planes, add_steps(scales, layout, uniform)))
                     torch.cuda.synchronize()
                     rows += tuning.measure(
                         weights,

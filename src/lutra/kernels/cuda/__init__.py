@@ -3,7 +3,8 @@
 - `binary_linear.cu`, 1 and 2 tokens: binary tensor cores; a plane word is an operand as it stands.
 - `byte_linear.cu`, 3 to 16 tokens: 8-bit tensor cores on masked words.
 - `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.
-- `dequantize.cu`, more: dense rows for the library's product.
+- `code_linear.cu`, from 8 tokens to any number, Hopper: fp16 tensor cores on exact integers.
+- `dequantize.cu`, elsewhere: dense rows for the library's product.
 
 `layout.py` orders a weight once for all of them, `plans.py` lists how each could run, `tuning.py`
 chooses by measured tables or by rule and says why, `products.py` launches.
@@ -56,6 +57,7 @@ class CudaKernel(Kernel):
             )
         layout = layout_for(spec)
         prepared = to_kernel_order(weight, layout)
+        prepared[1] = products.add_steps(prepared[1], layout, spec.uniform)
         products.load(layout, spec.uniform, prepared[1].dtype, spec.dtype, prepared[0].device)
         # Kernels fetch weights before they wait for the kernel ahead of them (see launch.py), so
         # nothing that writes a weight may still be under way when the first of them is queued.

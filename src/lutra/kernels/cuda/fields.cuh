@@ -9,6 +9,7 @@
 constexpr bool CODES = UNIFORM && BITS <= 4;
 constexpr int OPERANDS = CODES ? 1 : BITS;      // products per weight
 constexpr int WIDTH = CODES ? BITS : 1;         // bits in a field
+constexpr float ALL = 2.f - 2.f / (1 << BITS);  // of a uniform weight's signs, in alphas: code 0 is -ALL
 
 __host__ __device__ constexpr int field_position(int b) {
   return WIDTH == 1 ? b % 10 : WIDTH == 2 ? (b & ~1) % 10 : WIDTH == 3 ? (b < 14 ? b % 8 : b - 14) : (b & ~3) % 8;

@@ -106,9 +106,14 @@ def to_kernel_order(weight: BitPlanes, layout: Layout) -> list[Tensor]:
     return [planes_TSQRBH.view(-1), scale_TGRLH.view(-1)]
 
 
+def scales_size(layout: Layout) -> int:
+    """Elements of the prepared scales of :func:`to_kernel_order`."""
+    return layout.tiles * layout.groups * 16 * layout.slots
+
+
 def from_kernel_order(prepared: list[Tensor], layout: Layout, group_size: int) -> BitPlanes:
     """Inverse of :func:`to_kernel_order`, bit for bit."""
-    planes, scales = prepared
+    planes, scales = prepared[0], prepared[1][: scales_size(layout)]  # more may follow
     words = layout.items * ITEM_INPUTS // 32
     planes_TSQRBH = planes.view(layout.tiles, words // 4, layout.bits, 8, 4, 2)
     planes_QOJ = planes_TSQRBH.permute(2, 0, 5, 3, 1, 4).reshape(layout.bits, -1, words)

@@ -20,6 +20,8 @@ SMALL_WEIGHT = 24 << 20  # numbers
 BARRIER_BYTES = 1024  # of shared memory that the kernels for few tokens take besides
 DENSE_WORKSPACE_BYTES = 128 << 20
 FIELD_WIDTHS = (8, 16, 32, 64)
+# Registers of a thread of `code_linear.cu` by width, without and with cutting ahead.
+CODE_REGISTERS = {8: (72, 104), 16: (72, 112), 32: (80, 112), 64: (104, 128), 128: (128, 168)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,31 @@ class FieldPlan:
 
 
 @dataclass(frozen=True)
+class CodePlan:
+    """One launch of `code_linear.cu`.
+
+    Attributes:
+        kernel: ``code_linear``.
+        tokens: tokens of one block, a width of the tensor-core product.
+        warpgroups: each takes 64 rows; one more warp fetches.
+        stages: slices in shared memory.
+        ahead: 1 if a warpgroup cuts a slice while it multiplies with the one before.
+        blocks: blocks that a processor holds at a time.
+        cluster: blocks that split the inputs of a row.
+        near_tiles: token tiles of the same rows that run side by side.
+    """
+
+    kernel: str
+    tokens: int
+    warpgroups: int
+    stages: int
+    ahead: int
+    blocks: int
+    cluster: int
+    near_tiles: int
+
+
+@dataclass(frozen=True)
 class DensePlan:
     """Expand ``rows`` rows at a time and multiply them with the library.
 
@@ -87,7 +114,7 @@ class DensePlan:
     rows: int
 
 
-Plan = FewPlan | FieldPlan | DensePlan
+Plan = FewPlan | FieldPlan | CodePlan | DensePlan
 
 
 @cache
@@ -240,6 +267,8 @@ def field_plans(
     """Plans on Hopper for groups of 128 and more, best guess first."""
     if device.capability != (9, 0) or layout.group < 128:
         return ()
+    if inputs_bytes(layout) + 1024 > device.shared_bytes:
+        return ()
     codes = uniform and layout.bits <= 4
     slices = layout.items * 2
     width = next((n for n in FIELD_WIDTHS if n >= tokens), FIELD_WIDTHS[-1])
@@ -274,6 +303,69 @@ def field_plans(
 def field_shared_bytes(width: int, warpgroups: int, stages: int) -> int:
     """Shared memory of `field_linear.cu`: the ring of x, then the block's sums in its place."""
     return max(stages * width * 260, width * (warpgroups * 64 + 4) * 4)
+
+
+@cache
+def code_plans(
+    layout: Layout, uniform: bool, scale_bytes: int, tokens: int, device: Card
+) -> tuple[CodePlan, ...]:
+    """Plans on Hopper for up to 4 bits in groups of 128 and more, best first."""
+    fits = layout.bits <= 4 and scale_bytes == 2 and layout.group >= 128
+    fits = fits and inputs_bytes(layout) + 1024 <= device.shared_bytes
+    if device.capability != (9, 0) or not fits:
+        return ()
+    slices = layout.items * 2
+    width = next((n for n in CODE_REGISTERS if n >= tokens), max(CODE_REGISTERS))
+    token_tiles = _ceil(tokens, width)
+    # Cycles of a slice of 64 rows: the tensor core, cutting codes, memory.
+    cutting = (0, 180, 180, 280, 360)[layout.bits] if has_steps(layout, uniform) else 180
+    slice_cycles = max(4.2 * width, cutting, 62 * layout.bits)
+    scored = []
+    for warpgroups, blocks, cluster, ahead in itertools.product(
+        (2, 3, 4), (1, 2, 3), (1, 2, 4, 8), (0, 1)
+    ):
+        warps = _ceil((warpgroups * 4 + 1) * blocks, 4)  # of one of a processor's four parts
+        room = min(device.shared_bytes, device.processor_shared_bytes // blocks - 1024) - 512
+        stages = min(12, room // code_stage_bytes(layout, uniform, width, warpgroups))
+        if (1 << 14) // (warps * 32) // 8 * 8 < CODE_REGISTERS[width][ahead] or stages < 4:
+            continue
+        if code_shared_bytes(layout, uniform, width, warpgroups, stages) > room:
+            continue
+        if 1 < cluster > slices // 4 or (ahead and width < 128):  # pays only there
+            continue
+        grid = _ceil(layout.rows, 64 * warpgroups) * token_tiles * cluster
+        usable = device.processors * 9 // 10 if cluster > 2 else device.processors
+        each = _ceil(grid, usable)  # blocks of the processor that has most
+        alone = 600 / (warpgroups * min(blocks, each))  # latency that too few warps leave bare
+        work = each * warpgroups * (_ceil(slices, cluster) + 3) * max(slice_cycles, alone)
+        score = work + _ceil(each, blocks) * (2000 + 25 * width) + 300 * cluster + ahead
+        plan = CodePlan(
+            "code_linear", width, warpgroups, stages, ahead, blocks, cluster, min(4, token_tiles)
+        )
+        scored.append((score, plan))
+    scored.sort(key=lambda pair: pair[0])
+    return tuple(plan for _, plan in scored)
+
+
+def has_steps(layout: Layout, uniform: bool) -> bool:
+    """Whether `code_linear.cu` needs the integers of `steps.cu` for a format."""
+    return not uniform and 2 <= layout.bits <= 4 and layout.group >= 128
+
+
+def code_stage_bytes(layout: Layout, uniform: bool, width: int, warpgroups: int) -> int:
+    """Shared memory of one slice of `code_linear.cu`: x, planes, scales, integers of steps."""
+    tile = layout.bits * 256 + layout.slots * 32 + (32 if has_steps(layout, uniform) else 0)
+    return width * 256 + warpgroups * 4 * tile
+
+
+def code_shared_bytes(
+    layout: Layout, uniform: bool, width: int, warpgroups: int, stages: int
+) -> int:
+    """Shared memory of `code_linear.cu`: its ring, then the block's sums in its place."""
+    return max(
+        stages * code_stage_bytes(layout, uniform, width, warpgroups),
+        width * (warpgroups * 64 + 4) * 4,
+    )
 
 
 def dense_plans(layout: Layout, element_bytes: int = 2) -> tuple[DensePlan, ...]:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lutra.errors import KernelError, ResourceError
-from lutra.kernels.cuda.launch import Card, Function, card, function
-from lutra.kernels.cuda.layout import TILE_ROWS, Layout
+from lutra.kernels.cuda.launch import Card, Function, card, function, word_boxes
+from lutra.kernels.cuda.layout import TILE_ROWS, Layout, scales_size
 from lutra.kernels.cuda.plans import (
     DENSE_WORKSPACE_BYTES,
+    CodePlan,
     DensePlan,
     FewPlan,
     FieldPlan,
     Plan,
+    code_plans,
+    code_shared_bytes,
+    has_steps,
     inputs_bytes,
 )
 from lutra.kernels.cuda.tuning import choose
@@ -76,6 +81,20 @@ class _FieldArguments(ctypes.Structure):
     ]
 
 
+class _CodeArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_ulonglong * 16),
+        ("scales", ctypes.c_ulonglong * 16),
+        ("steps", ctypes.c_ulonglong * 16),
+        ("scales_at", ctypes.c_void_p),
+        *_FieldArguments._fields_[2:],
+        ("row_blocks", ctypes.c_int),
+        ("token_tiles", ctypes.c_int),
+        ("near_tiles", ctypes.c_int),
+        ("padding", ctypes.c_byte * 44),  # the size is a multiple of the maps' alignment, 64
+    ]
+
+
 class _DequantizeArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p),
@@ -117,8 +136,20 @@ def field_defines(
     plan: FieldPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Compile-time parameters of `arrange.cu` and `field_linear.cu`."""
-    arrange = format_defines(layout, uniform, scale, x) | {"TOKENS": plan.tokens}
-    return arrange, arrange | {
+    both = format_defines(layout, uniform, scale, x) | {"TOKENS": plan.tokens}
+    return both | {"SUM_OPERANDS": 0}, both | {
+        "WARPGROUPS": plan.warpgroups, "STAGES": plan.stages, "AHEAD": plan.ahead,
+        "BLOCKS": plan.blocks,
+    }
+
+
+def code_defines(
+    plan: CodePlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time parameters of `arrange.cu` and `code_linear.cu`."""
+    one_plane = layout.bits == 1  # levels of one plane are uniform
+    both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
+    return both | {"SUM_OPERANDS": 1}, both | {
         "WARPGROUPS": plan.warpgroups, "STAGES": plan.stages, "AHEAD": plan.ahead,
         "BLOCKS": plan.blocks,
     }
@@ -164,6 +195,18 @@ def _field_functions(
     )
 
 
+def _arrange(
+    kernel: Function, x: Tensor, arranged: Tensor, factors: Tensor, layout: Layout
+) -> None:
+    """Launch `arrange.cu`; few tokens are spread over clusters of blocks."""
+    parts = 1 if factors.numel() > 16 else min(8, layout.items)  # measured
+    arguments = _ArrangeArguments(
+        x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), x.shape[0],
+        layout.inputs, layout.items * 2,
+    )
+    kernel(arguments, (factors.numel() * parts, 1, 1), 1024 if parts == 1 else 256, parts)
+
+
 def field_linear(
     plan: FieldPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
     layout: Layout, uniform: bool,
@@ -177,14 +220,7 @@ def field_linear(
     padded = plan.tokens * token_tiles
     arranged = torch.empty(slices * padded * 260, dtype=torch.uint8, device=x.device)
     factors = torch.empty(padded, dtype=torch.float32, device=x.device)
-    arrange(
-        _ArrangeArguments(
-            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
-            layout.inputs, slices,
-        ),
-        (padded, 1, 1),
-        1024,
-    )
+    _arrange(arrange, x, arranged, factors, layout)
     arguments = _FieldArguments(
         planes.data_ptr(), scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(),
         _pointer(bias), y.data_ptr(), y.stride(0), layout.rows, tokens, layout.tiles,
@@ -194,6 +230,95 @@ def field_linear(
         arguments, (plan.cluster, plan.row_blocks, token_tiles), plan.warpgroups * 128,
         plan.cluster,
     )
+
+
+@cache
+def _code_functions(
+    plan: CodePlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype,
+    device: Card,
+) -> tuple[Function, Function]:
+    arrange, main = code_defines(plan, layout, uniform, scale, x)
+    shared = code_shared_bytes(layout, uniform, plan.tokens, plan.warpgroups, plan.stages)
+    return (
+        function("arrange", arrange, device, inputs_bytes(layout)),
+        function("code_linear", main, device, shared),
+    )
+
+
+def code_linear(
+    plan: CodePlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
+    layout: Layout, uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for any number of rows of x on Hopper; up to 4 bits."""
+    if has_steps(layout, uniform) and scales.numel() == scales_size(layout):
+        raise KernelError(
+            "this weight was prepared without the steps of its levels, which products of more "
+            "than a few tokens need; prepare it with CudaKernel.prepare"
+        )
+    tokens, slices = x.shape[0], layout.items * 2
+    arrange, kernel = _code_functions(
+        plan, layout, uniform, scales.dtype, x.dtype, card(x.device.index)
+    )
+    token_tiles = -(-tokens // plan.tokens)
+    row_blocks = -(-layout.rows // (64 * plan.warpgroups))
+    padded = plan.tokens * token_tiles
+    sum_slices = -(-slices // 32)
+    arranged = torch.empty(
+        (slices + sum_slices) * padded * 256, dtype=torch.uint8, device=x.device
+    )
+    factors = torch.empty(padded, dtype=torch.float32, device=x.device)
+    _arrange(arrange, x, arranged, factors, layout)
+
+    def boxes(tensor: Tensor, offset: int, columns: int, words: int) -> ctypes.Array[Any]:
+        """Boxes of as many tiles as a block has, each with ``words`` 32-bit words."""
+        return word_boxes(
+            tensor.data_ptr() + offset, layout.tiles, columns * words, plan.warpgroups * 4, words
+        )
+
+    scale_words = layout.slots * 8
+    arguments = _CodeArguments(
+        boxes(planes, 0, slices, layout.bits * 64),
+        boxes(scales, 0, layout.groups, scale_words),
+        boxes(scales, scales_size(layout) * 2 if has_steps(layout, uniform) else 0,
+              layout.groups, 8),
+        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(),
+        _pointer(bias), y.data_ptr(), y.stride(0), layout.rows, tokens, layout.tiles,
+        layout.items, layout.groups, layout.items_per_group, row_blocks, token_tiles,
+        min(plan.near_tiles, token_tiles),
+    )
+    kernel(
+        arguments, (plan.cluster * row_blocks * token_tiles, 1, 1), plan.warpgroups * 128 + 32,
+        plan.cluster,
+    )
+
+
+class _StepsArguments(ctypes.Structure):
+    _fields_ = [
+        ("scales", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        ("groups_of_rows", ctypes.c_int),
+    ]
+
+
+def add_steps(scales: Tensor, layout: Layout, uniform: bool) -> Tensor:
+    """Prepared scales followed by the integers of `steps.cu` (int16 as bits), where used."""
+    device = card(scales.device.index)
+    if not (has_steps(layout, uniform) and code_plans(layout, uniform, 2, 64, device)):
+        return scales
+    if scales.dtype != torch.float16:
+        return scales
+    count = layout.tiles * layout.groups * 16
+    whole = torch.cat([scales, scales.new_empty(count)])
+    kernel = function("steps", format_defines(layout, uniform, scales.dtype, scales.dtype), device)
+    with torch.cuda.device(device.index):
+        kernel(
+            _StepsArguments(
+                whole.data_ptr(), whole.data_ptr() + 2 * scales_size(layout), count
+            ),
+            (-(-count // 256), 1, 1),
+            256,
+        )
+    return whole
 
 
 @cache
@@ -268,6 +393,9 @@ def run(
     if isinstance(plan, FieldPlan):
         field_linear(plan, x, planes, scales, bias, y, layout, uniform)
         return True
+    if isinstance(plan, CodePlan):
+        code_linear(plan, x, planes, scales, bias, y, layout, uniform)
+        return True
     dense_linear(plan, x, planes, scales, y, layout, uniform)
     return False
 
@@ -300,6 +428,9 @@ def plan_instances(
     if isinstance(plan, FieldPlan):
         arrange, main = field_defines(plan, layout, uniform, scale, x)
         return [("arrange", arrange), ("field_linear", main)]
+    if isinstance(plan, CodePlan):
+        arrange, main = code_defines(plan, layout, uniform, scale, x)
+        return [("arrange", arrange), ("code_linear", main)]
     return [("dequantize", format_defines(layout, uniform, scale, x))]
 
 
@@ -318,5 +449,7 @@ def load(
             _few_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, FieldPlan):
             _field_functions(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, CodePlan):
+            _code_functions(plan, layout, uniform, scale, x, gpu)
     _dequantize_function(layout, uniform, scale, x, gpu)
     dense_workspace(torch.device("cuda", index), x)

@@ -27,11 +27,15 @@ from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import Layout
 from lutra.kernels.cuda.nvrtc import cache_folder
 from lutra.kernels.cuda.plans import (
+    CODE_REGISTERS,
     MAX_FEW_TOKENS,
+    CodePlan,
     DensePlan,
     FewPlan,
     FieldPlan,
     Plan,
+    code_plans,
+    code_shared_bytes,
     dense_plans,
     few_plans,
     few_tokens_limit,
@@ -47,9 +51,11 @@ logger = logging.getLogger(__name__)
 FEW_TOKENS = {True: 4, False: 8}
 FEW_TOKENS_SMALL = {True: 8, False: 16}
 SMALL_WEIGHTS = 24 << 20
+CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 FIELD_TOKENS = {True: 320, False: 128}
-_PLANS: dict[str, type[FewPlan] | type[FieldPlan] | type[DensePlan]] = {
-    "binary_linear": FewPlan, "byte_linear": FewPlan, "field_linear": FieldPlan, "dense": DensePlan,
+_PLANS: dict[str, type[FewPlan] | type[FieldPlan] | type[CodePlan] | type[DensePlan]] = {
+    "binary_linear": FewPlan, "byte_linear": FewPlan, "field_linear": FieldPlan,
+    "code_linear": CodePlan, "dense": DensePlan,
 }
 
 
@@ -104,10 +110,15 @@ def choose(
     few_limit = min(few_tokens_limit(layout, scale_bytes, device), MAX_FEW_TOKENS)
     limits = FEW_TOKENS_SMALL if layout.rows * layout.inputs < SMALL_WEIGHTS else FEW_TOKENS
     few_most = limits[codes] if field else MAX_FEW_TOKENS
+    code = code_plans(layout, uniform, scale_bytes, tokens, device)
+    if code:
+        few_most = min(few_most, CODE_TOKENS)
     if few_limit and tokens <= few_most:
         return few_plans(layout, scale_bytes, min(tokens, few_limit), device)[0], (
             f"by rule: up to {few_most} tokens"
         )
+    if code:
+        return code[0], f"by rule: more than {few_most} tokens on {device.arch}"
     if field and tokens <= FIELD_TOKENS[codes]:
         return field[0], f"by rule: up to {FIELD_TOKENS[codes]} tokens on {device.arch}"
     return dense_plans(layout)[0], "by rule: more tokens than the fused kernels are for"
@@ -129,6 +140,18 @@ def _fits(
             and plan.stages > 2
             and 1 <= plan.cluster <= min(8, layout.items * 2)
         )
+    if isinstance(plan, CodePlan):
+        need = code_shared_bytes(layout, uniform, plan.tokens, plan.warpgroups, plan.stages)
+        return (
+            bool(code_plans(layout, uniform, scale_bytes, tokens, device))
+            and plan.tokens in CODE_REGISTERS
+            and 1 <= plan.warpgroups <= 4
+            and plan.stages > 3
+            and plan.ahead in (0, 1)
+            and plan.near_tiles > 0
+            and need <= device.shared_bytes
+            and 1 <= plan.cluster <= min(8, layout.items * 2)
+        )
     return plan.rows % 16 == 0 and plan.rows > 0
 
 
@@ -137,7 +160,9 @@ def candidates(
 ) -> list[Plan]:
     """Plans worth measuring."""
     plans: list[Plan] = list(few_plans(layout, scale_bytes, tokens, device))
-    if tokens > 1:
+    if tokens > 4:
+        plans += code_plans(layout, uniform, scale_bytes, tokens, device)[:8]
+    if tokens > 1 and not any(isinstance(plan, CodePlan) for plan in plans):
         plans += field_plans(layout, uniform, tokens, device)[:6]
     if tokens > 32:
         plans += dense_plans(layout)
