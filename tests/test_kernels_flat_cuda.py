@@ -160,8 +160,10 @@ ALL = os.environ.get("LUTRA_COMPILE_ALL") == "1"
 def instances(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
     """Those that take most registers; with ``LUTRA_COMPILE_ALL=1`` all that a card can run."""
     card = CARDS[arch]
+    most_used = arch in ("sm_80", "sm_90a")
+    tokens_of = (1, 64, 4096) if most_used else (4096,)
     for job in jobs(card.capability):
-        if not ALL and (job.high == 0 or job.tokens not in (1, 64, 4096)):
+        if not ALL and (job.high == 0 or job.tokens not in tokens_of):
             continue
         plans: list[products.Plan] = [products.choose(job, card)[0]]
         if isinstance(plans[0], products.LinearPlan):
@@ -171,8 +173,10 @@ def instances(arch: str) -> Iterator[tuple[str, dict[str, int]]]:
             yield name, defines | {"Y_BF16": 1}
     widths = (8, 4) if card.capability[0] == 8 else (8,)
     cases = itertools.product((torch.bfloat16, torch.float32, torch.float16), widths)
-    for dtype, width in cases if ALL else [(torch.bfloat16, widths[-1]), (torch.float32, 8)]:
-        for inputs, tokens in ((4096, 1), (12288, 100), (12288, 4096), (49152, 100)):
+    few = [(torch.bfloat16, widths[-1]), (torch.float32, 8)]
+    for dtype, width in cases if ALL else few:
+        sizes = ((4096, 1), (12288, 100), (12288, 4096), (49152, 100))
+        for inputs, tokens in sizes if ALL or most_used else sizes[-2:]:
             for smooth in (False, True) if ALL else (inputs > 12288,):
                 plan_q = products.quantize_plan(inputs, tokens)
                 yield products.quantize_instance(plan_q, dtype, width, smooth, True)
