@@ -439,9 +439,7 @@ def bench_kernel(
 def bench_model(
     model: Annotated[str, typer.Argument(help="Checkpoint, or a shape such as llama-3-8b.")],
     bits: Annotated[int, typer.Option(help="Of a named shape; 16 is dense.")] = 4,
-    group_size: Annotated[
-        int, typer.Option(help="Of a named shape; -1: one group per row.")
-    ] = 128,
+    group_size: Annotated[int, typer.Option(help="Of a named shape; -1: one group per row.")] = 128,
     kind: Annotated[str, typer.Option(help="bcq, ubcq or int, of a named shape.")] = "bcq",
     head_bits: Annotated[int, typer.Option(help="Of a named shape's head; 16 is dense.")] = 16,
     prompt_len: Annotated[str, typer.Option(help="Tokens of the prompt, by comma.")] = "64",
