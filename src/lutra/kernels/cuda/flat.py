@@ -82,15 +82,3 @@ class CudaFlatKernel(FlatKernel):
         return torch.ops.lutra.cuda_flat_gated_linear(
             gate, up, *prepared, bias, spec.out_features, spec.in_features
         )
-
-    def describe(self, prepared: list[Tensor], spec: FlatSpec, tokens: int) -> tuple[str, str]:
-        """Which program multiplies a number of tokens, and why that one."""
-        from lutra.kernels.cuda.flat_layout import Prepared
-        from lutra.kernels.cuda.flat_products import choose, job_of
-        from lutra.kernels.cuda.launch import card
-
-        layer = Prepared(*prepared)
-        job = job_of(layer, spec.out_features, tokens, spec.dtype)
-        plan, reason = choose(job, card(layer.weight.device.index))
-        stored = "4-bit weights unpacked to 8" if layer.registers else f"{layer.digit_bits}-bit"
-        return f"{plan.kernel}, {stored}", reason

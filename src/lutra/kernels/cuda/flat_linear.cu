@@ -34,9 +34,6 @@ struct Arguments {
   int bias_kind;        // see flat.cuh
 };
 
-#ifndef SKEW
-#define SKEW 0
-#endif
 constexpr int FEATURES = WARPGROUPS * 64;
 constexpr int K_TILE = 128;
 constexpr int X_BYTES = TOKENS * K_TILE;
@@ -216,8 +213,6 @@ flat_linear(const __grid_constant__ Arguments p) {
     const u32 staged = stages + STAGES * STAGE_BYTES + group * Y_BYTES;
     wait_for_previous_kernel();
     Ring ring = {stages, full, empty, (u32)(X_BYTES + group * W_GROUP_BYTES), {}};
-    // A head start for one warpgroup: while it stores a tile, the other still multiplies.
-    if (SKEW && group == 1 && p.k_tiles > SKEW) barrier_wait(full + 8 * SKEW, 0);
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile(p, index);
       const int feature = tile.feature + group * 64 + warp * 16 + (lane >> 2);
