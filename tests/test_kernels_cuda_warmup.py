@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import quantize_tiny
 
 from lutra import cli
 from lutra.errors import CheckpointError, KernelError, SchemeError
@@ -16,7 +17,6 @@ from lutra.inspection import checkpoint_products, inspect_checkpoint
 from lutra.kernels.cuda import CudaKernel, nvrtc
 from lutra.kernels.cuda.launch import TYPICAL_CARDS
 from lutra.warmup import warmup
-from quantized import quantize_tiny
 
 try:
     nvrtc.version()
