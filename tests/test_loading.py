@@ -111,6 +111,54 @@ def test_every_tensor_is_moved_once_and_ties_stay() -> None:
     assert all(old.numel() == 0 for old, _ in moved.values())
 
 
+class _Late:
+    """In place of the pinned buffers: what is moved arrives three tensors later."""
+
+    device = torch.device("cpu", 0)
+
+    def __init__(self) -> None:
+        self.submitted = self.sent = 0
+        self.under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def move(self, source: torch.Tensor) -> torch.Tensor:
+        target = torch.zeros_like(source)
+        self.under_way.append((target, source.clone()))
+        self.submitted += 1
+        while len(self.under_way) > 3:
+            self._send()
+        return target
+
+    def _send(self) -> None:
+        target, source = self.under_way.pop(0)
+        target.copy_(source)
+        self.sent += 1
+
+    def finish(self) -> None:
+        while self.under_way:
+            self._send()
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_layers_are_prepared_when_they_are_whole(family: str, tmp_path: Path) -> None:
+    """In OPT's blocks k and v come before q, whose rows are the first of the three."""
+    from transformers import AutoModelForCausalLM
+
+    src = make_source(tmp_path / "src", family)
+    quantize_tiny(src, tmp_path / "out", "rtn", 4)
+    here, _ = lutra.load(tmp_path / "out", dtype="float32")
+    with loading.prepare_later():
+        there = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loading.move_and_prepare(there, _Late())
+    layers = [m for m in there.modules() if isinstance(m, QuantizedLinear)]
+    assert all(layer.choice is not None for layer in layers)
+    joined = [m._is_joined for m in here.modules() if isinstance(m, QuantizedLinear)]
+    assert [layer._is_joined for layer in layers] == joined
+    assert torch.equal(logits(there), logits(here))
+
+
 def logits_of(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(ids()[:, :8] % 200).logits  # type: ignore[no-any-return]

@@ -122,26 +122,31 @@ def move(model: Any, device: torch.device) -> Any:
         ResourceError: it does not fit.
         torch.OutOfMemoryError: something else took the memory meanwhile.
     """
-    from lutra.nn import QuantizedLinear
-
     check_fits(model, device, type(model).__name__)
-    moved: dict[int, tuple[Tensor, Tensor]] = {}
     with _Mover(device) as mover:
-        waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
-        arrived: set[Any] = set()
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                _move_tensors(tensors, mover, moved)
-            if isinstance(module, QuantizedLinear):
-                waiting.append((module, mover.submitted))
-            while waiting and mover.sent >= waiting[0][1]:
-                _prepare_when_whole(waiting.popleft()[0], model.dtype, mover, arrived)
-        mover.finish()
-        for layer, _ in waiting:
-            _prepare_when_whole(layer, model.dtype, mover, arrived)
+        move_and_prepare(model, mover)
     if hasattr(model, "hf_device_map"):
         model.hf_device_map = {"": device}
     return model.to(device)  # what is left, such as tensors that modules hold by themselves
+
+
+def move_and_prepare(model: Any, mover: Any) -> None:
+    """Move all tensors of a model, and prepare each layer once the last piece of it was sent."""
+    from lutra.nn import QuantizedLinear
+
+    moved: dict[int, tuple[Tensor, Tensor]] = {}
+    waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
+    arrived: set[Any] = set()
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            _move_tensors(tensors, mover, moved)
+        if isinstance(module, QuantizedLinear):
+            waiting.append((module, mover.submitted))
+        while waiting and mover.sent >= waiting[0][1]:
+            _prepare_when_whole(waiting.popleft()[0], model.dtype, mover, arrived)
+    mover.finish()
+    for layer, _ in waiting:
+        _prepare_when_whole(layer, model.dtype, mover, arrived)
 
 
 def _move_tensors(
@@ -165,7 +170,7 @@ def _move_tensors(
         tensors[name] = moved[id(tensor)][1]
 
 
-def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: _Mover, arrived: set[Any]) -> None:
+def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: Any, arrived: set[Any]) -> None:
     """Prepare a layer that has arrived, or its group once all members have.
 
     A family may hold its layers in another order than a group (OPT: k, v, q).
