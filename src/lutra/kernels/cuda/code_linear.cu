@@ -5,7 +5,8 @@
 // code, an exact subnormal half (fields.cuh), and the offset is offset - ALL * alpha; free levels are
 // integers below 2048 (levels.cuh). They are cut from the plane words in registers, the A operand; x is
 // B. The sums of a row stay in the accumulators, in units of the current group's step: at a new group
-// they are multiplied with step_before / step_now. No weight is ever rounded. The offsets times the sums
+// they are multiplied with step_before / step_now. Uniform levels are never rounded; free ones only where
+// their alphas become integers. The offsets times the sums
 // of x over each slice are a product of their own of 1/32 of the size, at the end: 4 slices are one step
 // of 16, { offset: hi, lo; alpha: hi, lo } of the sums, each of which is two halves.
 //

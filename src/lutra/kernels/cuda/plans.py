@@ -17,9 +17,9 @@ MAX_FEW_TOKENS = 16
 RING_BYTES = 176 << 10  # of weights in flight per block
 LEAST_RING_BYTES = 48 << 10  # still hides the latency
 SMALL_WEIGHT = 24 << 20  # numbers
-BARRIER_BYTES = 1024  # of shared memory that the kernels for few tokens take besides
 DENSE_WORKSPACE_BYTES = 128 << 20
 FIELD_WIDTHS = (8, 16, 32, 64)
+STEP_GROUPS = 1024  # fewest groups of 4-bit free levels in a weight for `code_linear.cu`
 # Registers of a thread of `code_linear.cu` by width, without and with cutting ahead.
 CODE_REGISTERS = {8: (72, 104), 16: (72, 112), 32: (80, 112), 64: (104, 128), 128: (128, 168)}
 
@@ -181,7 +181,7 @@ def _whole_plan(
     limit = device.shared_bytes
     if blocks > 1:
         limit = min(limit, device.processor_shared_bytes // blocks - 1024)
-    room = limit - BARRIER_BYTES - layout.items * sizes.item
+    room = limit - layout.items * sizes.item
     warps = warps or _warps(device)
     if not stages:
         most = max(2, min(6, RING_BYTES // (warps * sizes.stage)))
@@ -212,7 +212,7 @@ def _panel_plan(
 
     def room(warps: int, stages: int, row_parts: int) -> int:
         """Items of x that fit."""
-        left = device.shared_bytes - BARRIER_BYTES - sizes.fixed(warps, stages) - kept(row_parts)
+        left = device.shared_bytes - sizes.fixed(warps, stages) - kept(row_parts)
         return max(left, 0) // sizes.item
 
     least = max(2, _ceil(LEAST_RING_BYTES, 16 * sizes.stage))
@@ -311,6 +311,8 @@ def code_plans(
 ) -> tuple[CodePlan, ...]:
     """Plans on Hopper for up to 4 bits in groups of 128 and more, best first."""
     fits = layout.bits <= 4 and scale_bytes == 2 and layout.group >= 128
+    if has_steps(layout, uniform) and layout.bits == 4:  # steps are good on average: see steps.cu
+        fits = fits and layout.rows * layout.groups >= STEP_GROUPS
     fits = fits and inputs_bytes(layout) + 1024 <= device.shared_bytes
     if device.capability != (9, 0) or not fits:
         return ()

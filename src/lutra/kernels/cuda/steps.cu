@@ -2,7 +2,7 @@
 //
 // Of all integers for the largest alpha with which the sum of the rounded alphas stays below 2047, the
 // one is taken with which rounding changes the alphas least (simultaneous approximation of their
-// ratios): for 3 planes by about 2 % of a step, less than a tenth of what rounding a level to half does.
+// ratios). How near that comes differs from group to group, and gets worse with every plane.
 // Grid: blocks of 256 threads, one for each group of a row.
 
 struct Arguments {
