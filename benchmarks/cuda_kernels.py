@@ -2,9 +2,8 @@
 
     python benchmarks/cuda_kernels.py benchmarks/results/cuda_kernels.json docs
 
-writes ``docs/cuda-decode.svg`` (one token: fraction of the streaming-read limit) and
-``docs/cuda-batches.svg`` (speed over cuBLAS in float16 by number of tokens), and prints the bars
-that the kernels are held against.
+writes ``docs/cuda-decode.svg`` (one token: fraction of the streaming-read limit) and prints the
+bars that the kernels are held against.
 """
 
 from __future__ import annotations
@@ -55,35 +54,6 @@ def decode(rows: Iterable[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def batches(rows: Iterable[Row], path: Path) -> None:
-    """Speed over cuBLAS in float16 against the number of tokens, one panel for each shape."""
-    rows = list(rows)
-    shapes = list(dict.fromkeys(r["shape"] for r in rows))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(3.1 * len(shapes), 3.4), sharey=True)
-    names = sorted({name_of(r) for r in rows} - {"cublas"}, key=lambda n: (n.split()[0], n))
-    for panel, shape in zip(panels, shapes, strict=True):
-        for i, name in enumerate(names):
-            line = sorted(
-                (r["batch"], r["speedup_vs_dense"])
-                for r in rows
-                if r["shape"] == shape and name_of(r) == name and r["speedup_vs_dense"]
-            )
-            style = "-" if name.startswith(("bcq", "ubcq")) else ":"
-            panel.plot(*zip(*line, strict=True), style, marker="o", markersize=2.5, linewidth=1,
-                       color=COLOURS[i % len(COLOURS)], label=name) if line else None
-        panel.axhline(1, color="#888888", linewidth=0.8)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        panel.set_title(shape, fontsize=9)
-        panel.set_xlabel("tokens")
-    panels[0].set_ylabel("times the speed of cuBLAS float16")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=7, fontsize=7, loc="upper center", frameon=False,
-                  bbox_to_anchor=(0.5, 0.02))
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-
-
 def bars(rows: Iterable[Row]) -> Iterator[str]:
     """What was asked of the kernels, as far as rows say whether it is met."""
     table = {(r["implementation"], r["shape"], r["batch"], r["bits"]): r for r in rows}
@@ -117,7 +87,6 @@ def bars(rows: Iterable[Row]) -> Iterator[str]:
 def main(source: Path, folder: Path) -> None:
     rows = list(rows_of(json.loads(source.read_text(encoding="utf-8"))))
     decode(rows, folder / "cuda-decode.svg")
-    batches(rows, folder / "cuda-batches.svg")
     print("\n".join(bars(rows)))
 
 

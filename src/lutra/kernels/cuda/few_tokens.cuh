@@ -214,29 +214,14 @@ DEVICE void fetch(const Arguments& p, Cursor& c, u32 stage, int first_tile, int 
   commit_copies();
 }
 
-// Barriers in shared memory, for the warps of a tile.
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
-}
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" :: "r"(barrier) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred done;\n"
-               "again: mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
-               "@!done bra again; }" :: "r"(barrier), "r"(parity) : "memory");
-}
-
 template <class Product> DEVICE void few_tokens(const Arguments& p) {
   constexpr int X_BYTES = 2 * TOKENS * Product::SLOT_BYTES;   // of an item
   constexpr int RECORD_BYTES = 2 * Product::RECORDS * SPLITS * sizeof(Record);
   constexpr int TILE_VALUES = TOKENS * TILE_ROWS;
   extern __shared__ __align__(128) char shared[];
-  __shared__ u64 barriers[WARPS][2][2];   // [part of the rows][buffer]: sums are there, sums were read
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int k_part = warp % p.k_warps, row_part = warp / p.k_warps, row_parts = WARPS / p.k_warps;
   const int first_tile = blockIdx.x * row_parts + row_part, tile_step = gridDim.x * row_parts;
-  const u32 full = shared_address(barriers[row_part]), empty = full + 16;
 
   char* ring = shared + warp * (STAGES * STAGE_BYTES);
   char* x = shared + WARPS * STAGES * STAGE_BYTES;
@@ -254,12 +239,6 @@ template <class Product> DEVICE void few_tokens(const Arguments& p) {
 #pragma unroll
   for (int s = 0; s < EARLY; s++)
     fetch(p, ahead, first_stage + s * STAGE_BYTES, first_tile, tile_step, k_part, lane, policy);
-  if (threadIdx.x == 0) {
-    for (int part = 0; part < row_parts; part++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        barrier_init(shared_address(barriers[part]) + i * 8, i < 2 ? p.k_warps : 1);
-  }
   wait_for_previous_kernel();
   copy_x<Product::SLOT_BYTES>(p, x, 0, min(p.panel_items, p.items) * 2 * TOKENS);
   commit_copies();
@@ -288,11 +267,13 @@ template <class Product> DEVICE void few_tokens(const Arguments& p) {
     }
     __syncthreads();
     int step = 0;
-    for (int tile = first_tile; tile < p.tiles; tile += tile_step, step++, round++) {
+    for (int first = blockIdx.x * row_parts; first < p.tiles; first += tile_step, step++, round++) {
+      const int tile = first + row_part;
+      const bool there = tile < p.tiles;
       typename Product::Sums sums = {};
       const char* item_x = x + k_part * X_BYTES;
       const char* item_records = records + k_part * RECORD_BYTES;
-      for (int item = panel + k_part; item < panel_end; item += p.k_warps) {
+      for (int item = panel + k_part; there && item < panel_end; item += p.k_warps) {
         wait_copies<STAGES - 1>();
         __syncwarp();
         Product::multiply(item_weights, item_x, item_records, lane, sums);
@@ -304,15 +285,10 @@ template <class Product> DEVICE void few_tokens(const Arguments& p) {
         item_x += p.k_warps * X_BYTES;
         item_records += p.k_warps * RECORD_BYTES;
       }
-      const int buffer = round & 1;
-      const u32 parity = (round >> 1) & 1;
-      if (round >= 2) barrier_wait(empty + buffer * 8, parity ^ 1);
-      float* here = meet + buffer * BUFFER_VALUES;
+      float* here = meet + (round & 1) * BUFFER_VALUES;
       Product::collect(sums, lane, here + k_part * TILE_VALUES);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full + buffer * 8);
-      if (step % p.k_warps != k_part) continue;
-      barrier_wait(full + buffer * 8, parity);
+      __syncthreads();
+      if (!there || step % p.k_warps != k_part) continue;
       for (int value = lane; value < TILE_VALUES; value += 32) {
         float total = 0.f;
         for (int w = 0; w < p.k_warps; w++) total += here[w * TILE_VALUES + value];
@@ -323,8 +299,6 @@ template <class Product> DEVICE void few_tokens(const Arguments& p) {
         else if (row < p.rows && token < p.tokens)
           p.y[token * p.y_stride + row] = float_to_x(total + (p.bias ? x_to_float(p.bias[row]) : 0.f));
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(empty + buffer * 8);
     }
   }
   wait_copies<0>();
