@@ -141,6 +141,20 @@ class _Late:
         pass
 
 
+def test_moving_prepares_every_layer(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    src = make_source(tmp_path / "src", "opt")
+    quantize_tiny(src, tmp_path / "out", "rtn", 4)
+    here, _ = lutra.load(tmp_path / "out", dtype="float32")
+    with loading.prepare_later():
+        there = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loading.move(there, torch.device("cpu"))
+    layers = [m for m in there.modules() if isinstance(m, QuantizedLinear)]
+    assert all(layer.choice is not None for layer in layers)
+    assert torch.equal(logits(there), logits(here))
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_layers_are_prepared_when_they_are_whole(family: str, tmp_path: Path) -> None:
     """In OPT's blocks k and v come before q, whose rows are the first of the three."""
@@ -165,8 +179,12 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pinned", ["0", "1"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_moving_keeps_every_tensor(tmp_path: Path, family: str) -> None:
+def test_moving_keeps_every_tensor(
+    tmp_path: Path, family: str, pinned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTRA_PINNED_LOAD", pinned)
     src = make_source(tmp_path / "src", family)
     quantize_tiny(src, tmp_path / "out", "rtn", 4)
     here, _ = lutra.load(tmp_path / "out", dtype="float16")
@@ -182,7 +200,8 @@ def test_moving_keeps_every_tensor(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.gpu
-def test_moving_is_fast() -> None:
+def test_moving_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTRA_PINNED_LOAD", "1")
     import torch.nn as nn
 
     model = nn.Sequential(*(nn.Linear(8192, 8192, bias=False) for _ in range(8)))

@@ -1,13 +1,17 @@
-"""Bring a loaded model to its device: fast, without a second copy in the host's memory.
+"""Bring a loaded model to its device, without a second copy in the host's memory.
 
-transformers leaves the tensors of a checkpoint where they are, in the mapped files. They are moved
-from there piece by piece through a few pinned buffers: threads fill buffers, which reads the disk,
-while the device fetches those that are full. As each layer arrives, its kernel lays it out anew on
-the device, so neither memory ever holds more than the model and one layer.
+transformers leaves the tensors of a checkpoint where they are, in the mapped files. They are copied
+from there to the device, where the kernels lay the layers out anew.
+
+With ``LUTRA_PINNED_LOAD=1`` they go piece by piece through a few pinned buffers: threads fill
+buffers, which reads the disk, while the device fetches those that are full, and each layer is laid
+out as it arrives. That is meant to be the faster way; it is not the default because it has been
+tested with stand-ins for the GPU's part alone.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -123,11 +127,23 @@ def move(model: Any, device: torch.device) -> Any:
         torch.OutOfMemoryError: something else took the memory meanwhile.
     """
     check_fits(model, device, type(model).__name__)
-    with _Mover(device) as mover:
-        move_and_prepare(model, mover)
+    if os.environ.get("LUTRA_PINNED_LOAD") == "1":
+        with _Mover(device) as mover:
+            move_and_prepare(model, mover)
     if hasattr(model, "hf_device_map"):
         model.hf_device_map = {"": device}
-    return model.to(device)  # what is left, such as tensors that modules hold by themselves
+    model.to(device)  # all of it, or what is left: tensors that modules hold by themselves
+    prepare_layers(model)
+    return model
+
+
+def prepare_layers(model: Any) -> None:
+    """Hand every packed layer to the kernel of the device it is on."""
+    from lutra.nn import QuantizedLinear
+
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare_if_local(model.dtype)
 
 
 def move_and_prepare(model: Any, mover: Any) -> None:
