@@ -27,8 +27,9 @@ or_explain = || { printf '\nlutra set-up: %s\n' $(1) >&2; exit 1; }
 demo: $(installed)
 	$(bin)/lutra demo demo-output
 
+# Two at a time: most tests are one thread of Python, and torch takes what is left.
 test: $(installed)
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n 2 --dist worksteal
 
 lint: $(installed)
 	$(bin)/ruff check src tests benchmarks docs
