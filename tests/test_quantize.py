@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +343,20 @@ def test_layers_by_name(source, tmp_path):
     packed = {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert packed == set(report["layers"]) and len(packed) == 14
     assert "model.embed_tokens" not in packed and "lm_head" not in packed
+
+@pytest.mark.parametrize("head_bits", [0, 4])
+def test_one_table_stored_as_the_head_serves_as_embedding_too(tmp_path, head_bits):
+    usual = make_source(tmp_path / "usual")
+    other = tmp_path / "other"
+    shutil.copytree(usual, other)
+    tensors = tensors_of(other)
+    for file in (*other.glob("*.safetensors"), other / "model.safetensors.index.json"):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    options = {"method": "rtn", "bits": 4, "lm_head_bits": head_bits}
+    for src in (usual, other):
+        quantize_tiny(src, tmp_path / f"{src.name}-out", **options)
+    written = [tensors_of(tmp_path / f"{name}-out") for name in ("usual", "other")]
+    assert written[0].keys() == written[1].keys()
+    assert all(torch.equal(t, written[1][name]) for name, t in written[0].items())

@@ -92,6 +92,7 @@ class SourceCheckpoint:
         self.config = config
         self._shards = shards
         self._embedding_names: tuple[str, ...] = _EMBEDDINGS
+        self._in_file: dict[str, str] = {}  # names in the file, of tensors that we call otherwise
 
     @classmethod
     def open(cls, src: str | Path, *, quantized: bool = False) -> SourceCheckpoint:
@@ -131,10 +132,13 @@ class SourceCheckpoint:
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._shards.tensors)
+        called = {stored: name for name, stored in self._in_file.items()}
+        return sorted(called.get(name, name) for name in self._shards.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shards.tensors
+        if name in self._in_file.values():
+            return False
+        return name in self._in_file or name in self._shards.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._info(name).shape
@@ -164,7 +168,7 @@ class SourceCheckpoint:
             CheckpointError: no such tensor, or the file can not be read.
         """
         self._info(name)
-        return self._shards.tensor(name)
+        return self._shards.tensor(self._in_file.get(name, name))
 
     def deferred(self, name: str) -> Deferred:
         """The tensor for :meth:`OutputFolder.write_shard`: read, and checked, when it is written.
@@ -188,7 +192,7 @@ class SourceCheckpoint:
         shape = self._info(name).shape
         if not shape or not 0 <= begin <= end <= shape[0]:
             raise ValueError(f"rows {begin} to {end} are not in {name!r} of shape {list(shape)}")
-        return self._shards.rows(name, begin, end)
+        return self._shards.rows(self._in_file.get(name, name), begin, end)
 
     def resolve(self, name: str) -> str | None:
         """The name in the file of a parameter named as in the module tree, or None.
@@ -216,8 +220,16 @@ class SourceCheckpoint:
         return bool(self.config.get("tie_word_embeddings", True)) and self._embedding() is not None
 
     def name_embedding(self, name: str) -> None:
-        """Say what the module tree calls the embedding, for families that name it otherwise."""
+        """Say what the module tree calls the embedding, for families that name it otherwise.
+
+        Some checkpoints of tied models store the one table as the head. It is the embedding then,
+        under the embedding's name, as in all others.
+        """
         self._embedding_names = (name, *_EMBEDDINGS)
+        if self._embedding() is None and self.config.get("tie_word_embeddings", True):
+            heads = [c for head in _HEADS for c in _spellings(head) if c in self]
+            if heads:
+                self._in_file[name] = heads[0]
 
     def _embedding(self) -> str | None:
         found = (c for name in self._embedding_names for c in _spellings(name) if c in self)
@@ -262,7 +274,7 @@ class SourceCheckpoint:
 
     def _info(self, name: str) -> TensorInfo:
         try:
-            return self._shards.tensors[name]
+            return self._shards.tensors[self._in_file.get(name, name)]
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor {name!r}") from None
 
