@@ -57,6 +57,8 @@ $(installed): pyproject.toml constraints.txt $(native)
 	that constraints.txt pins; see its message above and 'Installing torch' in README.md")
 	@$(pip) install --quiet -c constraints.txt --build-constraint constraints.txt -e ".[dev]" \
 	$(call or_explain,"pip could not install lutra or a package it needs; see its message above")
+	@$(pip) install --quiet -c constraints.txt pytest-xdist $(call or_explain,"pip could not install \
+	pytest-xdist; see its message above")
 	@touch $@
 
 clean:
