@@ -1,5 +1,5 @@
-// Shared by the flat kernels (8- and 4-bit integer products): one-line wrappers around PTX.
-// No headers are included, so NVRTC needs no include path.
+// Shared by the flat kernels (8- and 4-bit integer products): one-line wrappers around PTX, besides those of
+// `hopper.cuh`. NVRTC needs no include path: `nvrtc.py` puts included files in place itself.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -7,8 +7,6 @@ typedef unsigned short u16;
 typedef signed char s8;
 
 #define DEVICE __device__ __forceinline__
-
-struct __align__(64) TensorMap { u64 opaque[16]; };   // a CUtensorMap
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -38,46 +36,20 @@ DEVICE void let_next_kernel_start() {
 #endif
 }
 
-// Barriers in shared memory.
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
-}
+#include "hopper.cuh"
+
 DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-DEVICE void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred p;\n"
-               "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-               "@!p bra again; }" :: "r"(barrier), "r"(parity) : "memory");
-}
 DEVICE void group_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
-DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 
-// Copies by the bulk copy engine.
-DEVICE void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+// More of the bulk copy engine.
+DEVICE void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
-DEVICE void load_box(u32 shared, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-               "[%0], [%1, {%2, %3}], [%4];"
-               :: "r"(shared), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-DEVICE void load_bytes(u32 shared, const void* global, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
-}
-DEVICE void store_box(const TensorMap* map, int column, int row, u32 shared) {
+DEVICE void store_box(const TensorMap& map, int column, int row, u32 shared) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
-               :: "l"(map), "r"(column), "r"(row), "r"(shared) : "memory");
+               :: "l"(&map), "r"(column), "r"(row), "r"(shared) : "memory");
 }
 DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 DEVICE void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

@@ -34,16 +34,6 @@ constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int THREADS = WARPGROUPS * 128 + 32;
 constexpr int PITCH = FEATURES + 4;   // of the block's sums in shared memory, which take the ring's place
 
-DEVICE u32 cluster_size() { u32 r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
-DEVICE int4 load_cluster(u32 shared, u32 rank) {
-  u32 address;
-  int4 v;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-
 // Adds a tile of 128 columns; SPLIT: the sums are multiplied by the base before product `high` of it.
 template <bool SPLIT> DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int high, int base) {
 #if WEIGHT_BITS == 8
@@ -108,17 +98,17 @@ flat_few(const __grid_constant__ Arguments p) {
         const u32 stage = stages + (k - begin) % STAGES * STAGE_BYTES, barrier = full + 8 * ((k - begin) % STAGES);
         barrier_expect(barrier, STAGE_BYTES);
 #if WEIGHT_BITS == 8
-        load_box(stage + X_BYTES, &p.w, k * K_TILE, feature, barrier);
+        copy_box(stage + X_BYTES, p.w, k * K_TILE, feature, barrier);
 #else
         for (int g = 0; g < WARPGROUPS; g++)
-          load_bytes(stage + X_BYTES + g * W_GROUP_BYTES,
+          copy_bulk(stage + X_BYTES + g * W_GROUP_BYTES,
                      p.packed + ((long long)(feature / 64 + g) * p.k_tiles + k) * W_GROUP_BYTES, W_GROUP_BYTES,
                      barrier);
 #endif
       };
       const auto load_x = [&](int k) {
         const int s = (k - begin) % STAGES;
-        load_box(stages + s * STAGE_BYTES, &p.x, k * K_TILE, token, full + 8 * s);
+        copy_box(stages + s * STAGE_BYTES, p.x, k * K_TILE, token, full + 8 * s);
       };
       const int ahead = min(end, begin + STAGES);   // weights do not wait for the kernel before this one
       for (int k = begin; k < ahead; k++) load_weights(k);
@@ -167,13 +157,14 @@ flat_few(const __grid_constant__ Arguments p) {
     const int m = i / (FEATURES / 4), n = i % (FEATURES / 4) * 4;
     if (token + m >= p.tokens || feature + n >= p.features) continue;
     const u32 address = shared_address(sums + m * PITCH + n);
-    int4 each[8];   // all loads under way before the first is needed
+    float4 each[8];   // bits of integers; all loads under way before the first is needed
 #pragma unroll
-    for (u32 r = 0; r < 8; r++) each[r] = r < parts ? load_cluster(address, r) : make_int4(0, 0, 0, 0);
+    for (u32 r = 0; r < 8; r++) each[r] = r < parts ? load_cluster(address, r) : make_float4(0.f, 0.f, 0.f, 0.f);
     int total[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int r = 0; r < 8; r++) {
-      total[0] += each[r].x; total[1] += each[r].y; total[2] += each[r].z; total[3] += each[r].w;
+      total[0] += __float_as_int(each[r].x); total[1] += __float_as_int(each[r].y);
+      total[2] += __float_as_int(each[r].z); total[3] += __float_as_int(each[r].w);
     }
     const float step = p.step[token + m];
     u16* y = p.y + (token + m) * p.y_stride + feature + n;

@@ -175,9 +175,9 @@ flat_linear(const __grid_constant__ Arguments p) {
       barrier_init(empty + 8 * s, WARPGROUPS * 4);
     }
     barrier_init_done();
-    prefetch_map(&p.x);
-    prefetch_map(&p.y);
-    if (WEIGHT_BITS == 8) prefetch_map(&p.w);
+    prefetch_map(p.x);
+    prefetch_map(p.y);
+    if (WEIGHT_BITS == 8) prefetch_map(p.w);
   }
   __syncthreads();
   let_next_kernel_start();   // it waits for this one's end, but what it fetches first it may fetch now
@@ -195,14 +195,14 @@ flat_linear(const __grid_constant__ Arguments p) {
           barrier_wait(empty + 8 * at.stage, at.parity);
           barrier_expect(barrier, STAGE_BYTES);
 #if WEIGHT_BITS == 8
-          load_box(stage + X_BYTES, &p.w, k * K_TILE, tile.feature, barrier);
+          copy_box(stage + X_BYTES, p.w, k * K_TILE, tile.feature, barrier);
 #else
           for (int g = 0; g < WARPGROUPS; g++)
-            load_bytes(stage + X_BYTES + g * W_GROUP_BYTES,
+            copy_bulk(stage + X_BYTES + g * W_GROUP_BYTES,
                        p.packed + ((long long)(tile.feature / 64 + g) * p.k_tiles + k) * W_GROUP_BYTES,
                        W_GROUP_BYTES, barrier);
 #endif
-          load_box(stage, &p.x, k * K_TILE, tile.token, barrier);
+          copy_box(stage, p.x, k * K_TILE, tile.token, barrier);
           at.next();
         }
       }
@@ -249,7 +249,7 @@ flat_linear(const __grid_constant__ Arguments p) {
         shared_to_copy_engine();
         group_barrier(1 + group, 128);
         if (thread == 0) {
-          store_box(&p.y, tile.feature + group * 64, tile.token + round * ROUND, staged);
+          store_box(p.y, tile.feature + group * 64, tile.token + round * ROUND, staged);
           stores_commit();
         }
       }

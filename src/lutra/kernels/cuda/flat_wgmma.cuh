@@ -4,12 +4,6 @@
 // d of a warp: rows 16 w + g and 16 w + g + 8 (g = lane / 4); d[4 i], d[4 i + 1] are columns
 // 8 i + 2 t, + 1 of the first row (t = lane % 4), d[4 i + 2], d[4 i + 3] the same of the second.
 
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> DEVICE void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-
 // Rows of 128 bytes in 128-byte swizzle, eight rows every 1024 bytes; 32 inputs further is + 2.
 DEVICE u64 descriptor(u32 shared) {
   return (u64)((shared & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
