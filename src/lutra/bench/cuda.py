@@ -14,7 +14,8 @@ import importlib.metadata
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Candidate:
         known: builds a weight and gives the call and the first rows of the stored weight in
             float64; None if that cannot be known.
         program: which kernel multiplies a number of tokens, and why; ours only.
+        compile_ahead: compiles what products of these numbers of tokens launch; ours only.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Candidate:
     make: Callable[[], Call]
     known: Callable[[], tuple[Call, Tensor]] | None = None
     program: Callable[[int], tuple[str, str]] | None = None
+    compile_ahead: Callable[[Sequence[int]], None] | None = None
 
 
 @dataclass
@@ -91,6 +94,7 @@ def run(
     peers: bool | Sequence[str] = True,
     dtype: torch.dtype = torch.float16,
     kinds: Sequence[str] = ("bcq", "ubcq"),
+    on_rows: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every implementation on every shape ``(out, in)`` and batch.
 
@@ -101,11 +105,13 @@ def run(
         peers: all installed peers, none, or those named.
         dtype: of the activations.
         kinds: ``bcq`` (free levels) and ``ubcq`` (uniform levels).
+        on_rows: called with the rows of each implementation on each shape as they come.
 
     Returns:
-        ``read_limit_gbps``, ``machine`` and ``rows``: ``implementation, shape, batch, bits, group,
-        us, gbps, speedup_vs_dense, relative_error, rounding_error`` (of the exact result, rounded
-        to ``dtype``) and ``kernel`` (which of ours ran).
+        ``read_limit_gbps``, ``machine``, ``left_out`` (peers that could not run:
+        ``implementation, shape, bits, reason``) and ``rows``: ``implementation, shape, batch,
+        bits, group, us, gbps, speedup_vs_dense, relative_error, rounding_error`` (of the exact
+        result, rounded to ``dtype``) and ``kernel`` (which of ours ran).
 
     Raises:
         KernelError: there is no CUDA device, or our kernels cannot run on it.
@@ -116,6 +122,7 @@ def run(
     properties = torch.cuda.get_device_properties(device)
     wanted = None if peers is True else ([] if peers is False else list(peers))
     rows: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
     limit = read_limit_gbps(device)
     for out_features, in_features in shapes:
         shape = (out_features, in_features)
@@ -125,38 +132,57 @@ def run(
                 candidates += [_ours(kind, *shape, b, group, dtype, device) for kind in kinds]
                 candidates += _peers(wanted, *shape, b, group, dtype, device)
         dense: dict[int, float] = {}
+        with ThreadPoolExecutor() as pool:
+            ahead = [c.compile_ahead for c in candidates if c.compile_ahead is not None]
+            list(pool.map(lambda compile_ahead: compile_ahead(batches), ahead))
         for candidate in candidates:
+            before = len(rows)
             try:
-                measured = _measure(candidate, batches, in_features, dtype, properties)
+                for found in _measure(candidate, batches, in_features, dtype, properties):
+                    if candidate.name == "cublas":
+                        dense[found.batch] = found.us
+                    rows.append(_row(candidate, shape, found, dense[found.batch]))
             except Exception as failure:  # a peer that fails is a result, not the end of the run
                 if candidate.name.startswith(("lutra", "cublas")):
                     raise
-                logger.warning(
-                    "%s failed on %dx%d: %s", candidate.name, out_features, in_features, failure
-                )
-                continue
-            for found in measured:
-                batch, us = found.batch, found.us
-                if candidate.name == "cublas":
-                    dense[batch] = us
-                rows.append(
+                reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+                logger.warning("%s fails on %dx%d: %s", candidate.name, *shape, reason)
+                left_out.append(
                     {
                         "implementation": candidate.name,
                         "shape": f"{out_features}x{in_features}",
-                        "batch": batch,
                         "bits": candidate.bits,
-                        "group": candidate.group,
-                        "us": round(us, 3),
-                        "gbps": round(candidate.bytes / us / 1e3, 1),
-                        "speedup_vs_dense": round(dense[batch] / us, 3),
-                        "relative_error": _three_digits(found.error),
-                        "rounding_error": _three_digits(found.rounding),
-                        "kernel": candidate.program(batch)[0] if candidate.program else None,
+                        "reason": reason,
                     }
                 )
+            if on_rows is not None:
+                on_rows(rows[before:])
     order = {f"{o}x{i}": n for n, (o, i) in enumerate(shapes)}
     rows.sort(key=lambda row: (order[row["shape"]], row["batch"]))
-    return {"read_limit_gbps": round(limit, 1), "machine": _machine(device), "rows": rows}
+    return {
+        "read_limit_gbps": round(limit, 1),
+        "machine": _machine(device),
+        "left_out": left_out,
+        "rows": rows,
+    }
+
+
+def _row(
+    candidate: Candidate, shape: tuple[int, int], found: Measured, dense_us: float
+) -> dict[str, Any]:
+    return {
+        "implementation": candidate.name,
+        "shape": f"{shape[0]}x{shape[1]}",
+        "batch": found.batch,
+        "bits": candidate.bits,
+        "group": candidate.group,
+        "us": round(found.us, 3),
+        "gbps": round(candidate.bytes / found.us / 1e3, 1),
+        "speedup_vs_dense": round(dense_us / found.us, 3),
+        "relative_error": _three_digits(found.error),
+        "rounding_error": _three_digits(found.rounding),
+        "kernel": candidate.program(found.batch)[0] if candidate.program else None,
+    }
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -193,13 +219,12 @@ def _measure(
     in_features: int,
     dtype: torch.dtype,
     properties: Any,
-) -> list[Measured]:
+) -> Iterator[Measured]:
     """Time over distinct weights, and error, at every batch."""
     copies = -(-CACHE_MULTIPLE * properties.L2_cache_size // candidate.bytes) + 1
     copies = max(1, min(MAX_CALLS, copies))
     calls = [candidate.make() for _ in range(copies)]
     known = candidate.known() if candidate.known else None
-    found = []
     for batch in batches:
         x = torch.randn(batch, in_features, device="cuda", dtype=dtype)
         # Few calls leave the launch of the graph itself in the time: repeat the rotation.
@@ -225,8 +250,7 @@ def _measure(
             exact = x.double() @ weight_OI.T
             measured.error = _relative_error(call(x)[:, : weight_OI.shape[0]], exact)
             measured.rounding = _relative_error(exact.to(dtype), exact)
-        found.append(measured)
-    return found
+        yield measured
 
 
 def _three_digits(value: float) -> float | None:
@@ -293,9 +317,24 @@ def _ours(
         )
         return (lambda x: kernel.linear(x, prepared, None, spec)), part.unpack(torch.float64)
 
+    def compile_ahead(batches: Iterable[int]) -> None:
+        from lutra.kernels.cuda import nvrtc
+        from lutra.kernels.cuda.launch import card
+
+        assert device.index is not None
+        for name, defines in kernel.instances(spec, batches):
+            nvrtc.compile_cubin(name, defines, card(device.index).arch)
+
     size = stored_bytes(out_features, in_features, bits, group_size, uniform)
     return Candidate(
-        f"lutra-{kind}", bits, group, size, make, known, lambda batch: kernel.describe(spec, batch)
+        f"lutra-{kind}",
+        bits,
+        group,
+        size,
+        make,
+        known,
+        lambda batch: kernel.describe(spec, batch),
+        compile_ahead,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lutra.errors import KernelError
@@ -17,6 +17,7 @@ def run(
     threads: int = 1,
     peers: str | Sequence[str] = "all",
     kind: str = "planes",
+    on_rows: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the kernels of ``device``.
 
@@ -29,6 +30,7 @@ def run(
         threads: CPU threads (CPU only).
         peers: ``all``, ``none`` or names of other implementations.
         kind: ``planes``, or ``flat`` for flattened layers (8-bit integer products).
+        on_rows: called with rows as they come, on CUDA devices with ``planes``.
 
     Returns:
         ``read_limit_gbps`` and ``rows``, each with ``implementation, shape, batch, bits, group, us,
@@ -60,5 +62,5 @@ def run(
                 from lutra.bench import flat_cuda
 
                 return flat_cuda.run(shapes, batches, bits, wanted)
-            return cuda.run(shapes, batches, bits, group_sizes, wanted)
+            return cuda.run(shapes, batches, bits, group_sizes, wanted, on_rows=on_rows)
     raise KernelError(f"no kernel bench for device {device!r}; there are cpu and cuda")

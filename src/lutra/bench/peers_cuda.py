@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,9 @@ def bitsandbytes(
     """bitsandbytes' 4-bit normal floats, scales in blocks of ``group``."""
     if bits != 4 or group not in (64, 128, 256) or not importlib.util.find_spec("bitsandbytes"):
         return None
-    bnb: Any = importlib.import_module("bitsandbytes")
 
     def make() -> Call:
+        bnb: Any = importlib.import_module("bitsandbytes")
         weight = torch.randn(out_features, in_features, dtype=dtype, device=device)
         packed, state = bnb.functional.quantize_4bit(weight, blocksize=group, quant_type="nf4")
         return lambda x: bnb.matmul_4bit(x, packed.t(), quant_state=state)
@@ -76,21 +77,32 @@ def humming(
     out_features: int, in_features: int, bits: int, group: int, dtype: torch.dtype,
     device: torch.device,
 ) -> Candidate | None:
-    """humming-kernels: integer weights of any width with a scale per group, symmetric."""
+    """humming-kernels: integer weights of any width with a scale per group, symmetric.
+
+    It compiles a kernel for each of some ninety ranges of tokens at the first product; of these,
+    all of its own choice, it is given only the one that a batch falls into.
+    """
     if group <= 0 or not importlib.util.find_spec("humming"):
         return None
-    layers: Any = importlib.import_module("humming.layer")
+    chosen: dict[int, str] = {}
+
+    def settings(layer: Any, tokens: int) -> str:
+        if tokens not in chosen:
+            tune: Any = importlib.import_module("humming.tune")
+            ranges = tune.get_heuristics_config(layer.humming_config, device=device)
+            chosen[tokens] = json.dumps([r for r in ranges if r[0] < tokens <= r[1]])
+        return chosen[tokens]
 
     def make() -> Call:
-        layer = layers.HummingLayer(
-            shape_n=out_features, shape_k=in_features, torch_dtype=dtype,
-            weight_config={"dtype": f"int{bits}", "group_size": group},
-        ).to(device)
-        layer.load_from_unquantized(
-            torch.randn(out_features, in_features, dtype=dtype, device=device)
-        )
+        layers: Any = importlib.import_module("humming.layer")
+        with device:
+            layer = layers.HummingLayer(
+                shape_n=out_features, shape_k=in_features, torch_dtype=dtype,
+                weight_config={"dtype": f"int{bits}", "group_size": group},
+            )
+            layer.load_from_unquantized(torch.randn(out_features, in_features, dtype=dtype))
         layer.transform()
-        return lambda x: layer(x)
+        return lambda x: layer(x, tuning_config=settings(layer, x.shape[0]))
 
     size = out_features * (in_features * bits // 8 + in_features // group * 2)
     return Candidate("humming-kernels", bits, group, size, make)
@@ -103,9 +115,9 @@ def gemlite(
     """gemlite's Triton kernels: 1, 2, 4 and 8 bits with a scale and a zero point per group."""
     if bits not in (1, 2, 4, 8) or group <= 0 or not importlib.util.find_spec("gemlite"):
         return None
-    helper: Any = importlib.import_module("gemlite.helper")
 
     def make() -> Call:
+        helper: Any = importlib.import_module("gemlite.helper")
         codes = torch.randint(
             0, 1 << bits, (out_features, in_features), dtype=torch.uint8, device=device
         )
@@ -127,9 +139,9 @@ def fbgemm(
     """FBGEMM's mixed product for Hopper: bfloat16 times 4 bits, groups of 128 and more."""
     if bits != 4 or group < 128 or not importlib.util.find_spec("fbgemm_gpu"):
         return None
-    quantize: Any = importlib.import_module("fbgemm_gpu.experimental.gen_ai.quantize")
 
     def make() -> Call:
+        quantize: Any = importlib.import_module("fbgemm_gpu.experimental.gen_ai.quantize")
         weight = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=device)
         packed, (scale, zero) = quantize.quantize_int4_preshuffle(weight, group, dtype="bf16")
         return _in_bfloat16(
