@@ -39,15 +39,8 @@ def spec_of(weight: BitPlanes, dtype: torch.dtype) -> LinearSpec:
 
 
 def rounding_error(exact: torch.Tensor, dtype: torch.dtype) -> float:
-    """Error of rounding to ``dtype``: of these values, or of values like them if that is more.
-
-    A few values can be lucky. Rounding errs uniformly within a unit in the last place, so the
-    root mean square is 1/sqrt(12) of it.
-    """
-    found = (exact.to(dtype).double() - exact).norm().item()
-    exponent = torch.frexp(exact)[1].double() - 1
-    unit = torch.exp2(exponent) * torch.finfo(dtype).eps
-    return max(found, (unit[exact != 0].norm() / 12**0.5).item())
+    """What rounding the exact result to ``dtype`` costs."""
+    return (exact.to(dtype).double() - exact).norm().item()
 
 
 def check(weight: BitPlanes, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
