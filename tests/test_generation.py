@@ -7,6 +7,8 @@ is the same. Tests marked gpu record them.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -32,6 +34,8 @@ def _models(folder: Any, family: str, device: str = "cpu", **options: Any) -> tu
                 options = {"hidden_size": 256, "ffn_dim": 384, "word_embed_proj_dim": 256}
             if family == "gpt2":
                 options = {"n_embd": 256}
+            if family == "qwen3":
+                options["head_dim"] = 64
         src = make_source(folder / "src", family, **options)
         quantize_tiny(src, folder / "out", "rtn", 4)
     dtype = "float32" if device == "cpu" else "float16"
@@ -39,6 +43,18 @@ def _models(folder: Any, family: str, device: str = "cpu", **options: Any) -> tu
     plain = copy.deepcopy(model)
     plain.__dict__.pop("generate", None)
     return plain, generation.enable(model, devices=("cpu", "cuda"))
+
+
+def _assert_same(plain: Any, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """The same tokens, up to the first choice between logits that 16 bits do not tell apart."""
+    for row, (a, b) in enumerate(zip(found.tolist(), wanted.tolist(), strict=True)):
+        at = next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), None)
+        if at is None:
+            continue
+        assert plain.dtype == torch.float16, (row, a, b)
+        with torch.no_grad():
+            logits = plain(wanted[row : row + 1, :at]).logits[0, -1].float()
+        assert abs(float(logits[a[at]] - logits[b[at]])) < 0.01, (row, at, a, b)
 
 
 def _steps(model: Any) -> list[DecodeStep]:
@@ -58,13 +74,13 @@ def test_tokens_are_those_of_transformers(family, device, tmp_path):
         ids = _prompt(batch, length, device)
         wanted = plain.generate(ids, max_new_tokens=12, do_sample=False)
         found = model.generate(ids, max_new_tokens=12, do_sample=False)
-        assert torch.equal(found, wanted), (batch, length)
+        _assert_same(plain, found, wanted)
     (first, second) = _steps(model)
     assert first.batch == 1 and second.batch == 3
     assert (first.fallback is None) == (family in FUSED)
     assert first.is_recorded == (device == "cuda")
     again = model.generate(_prompt(1, 5, device), max_new_tokens=12, do_sample=False)
-    assert torch.equal(again, plain.generate(_prompt(1, 5, device), max_new_tokens=12))
+    _assert_same(plain, again, plain.generate(_prompt(1, 5, device), max_new_tokens=12))
     assert len(_steps(model)) == 2
 
 
@@ -183,6 +199,24 @@ def test_recordings_follow_the_weights(tmp_path):
     twin = copy.deepcopy(model)
     assert torch.equal(twin.generate(ids, max_new_tokens=4, do_sample=False), found)
     assert _steps(twin)[0].model is twin
+    assert twin.generate.__reduce__()[1] == (twin,)
+
+
+@BOTH
+def test_a_dropped_model_is_freed_at_once(device, tmp_path):
+    _, model = _models(tmp_path, "llama", device)
+    model.generate(_prompt(1, 6, device), max_new_tokens=4, do_sample=False)
+    (step,) = _steps(model)
+    watched = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert watched() is None
+    finally:
+        gc.enable()
+    with pytest.raises(LutraError, match="does not exist"):
+        step.prefill(_prompt(1, 6, device))
 
 
 def test_blocks_are_their_own_again(tmp_path):
@@ -205,13 +239,16 @@ def test_capacities(tokens, capacity):
     assert capacity_for(tokens) == capacity
 
 
+@BOTH
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_compiled_model_gives_the_same_tokens(family, tmp_path):
-    plain, _ = _models(tmp_path, family)
-    ids = _prompt(1, 6)
+def test_eager_compiled_and_recorded_give_the_same_tokens(family, device, tmp_path):
+    plain, model = _models(tmp_path, family, device)
+    ids = prompt = _prompt(1, 6, device)
     wanted = plain.generate(ids, max_new_tokens=6, do_sample=False)
     compiled = torch.compile(plain, backend="aot_eager", dynamic=True)
     with torch.no_grad():
         for _ in range(6):
             ids = torch.cat([ids, compiled(ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(ids, wanted)
+    _assert_same(plain, ids, wanted)
+    _assert_same(plain, model.generate(prompt, max_new_tokens=6, do_sample=False), wanted)
+    assert _steps(model)[0].is_recorded == (device == "cuda")

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
-from functools import partial
-from types import MethodType
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -37,23 +37,41 @@ def enable(model: Any, devices: tuple[str, ...] | None = None) -> Any:
     if devices is None:
         devices = ("cuda", "cpu") if fused_on_cpu(model) else ("cuda",)
     model.lutra_decoding = _State(devices)
-    model.generate = MethodType(_generate, model)
+    model.generate = _Generate(model)
     return model
 
 
-def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` of a model for which :func:`enable` was called."""
-    state: _State = self.lutra_decoding
-    asks = kwargs.keys() & {"custom_generate", "assistant_model"} or len(args) > 2
-    if self.device.type in state.devices and not asks:
-        # transformers drops the streamer of a custom loop, so it is bound here.
-        without = {k: v for k, v in kwargs.items() if k != "streamer"}
-        loop = partial(state.decode, streamer=kwargs.get("streamer"))
-        try:
-            return type(self).generate(self, *args, **without, custom_generate=loop)
-        except _LeftToTransformers as left:
-            logger.debug("transformers' own loop decodes: %s", left)
-    return type(self).generate(self, *args, **kwargs)
+class _Generate:
+    """``generate`` of a model for which :func:`enable` was called.
+
+    It refers to the model weakly, so that a model's memory is free as soon as the model is dropped.
+    A copy of the model has one of its own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        update_wrapper(self, type(model).generate)
+        self.__dict__.pop("__wrapped__")  # what it wraps takes the model as its first argument
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Generate, (self._model(),)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if model is None:
+            raise LutraError("the model of this generate() does not exist any more")
+        own = type(model).generate
+        state: _State = model.lutra_decoding
+        asks = kwargs.keys() & {"custom_generate", "assistant_model"} or len(args) > 2
+        if model.device.type in state.devices and not asks:
+            # transformers drops the streamer of a custom loop, so it is bound here.
+            without = {k: v for k, v in kwargs.items() if k != "streamer"}
+            loop = partial(state.decode, streamer=kwargs.get("streamer"))
+            try:
+                return own(model, *args, **without, custom_generate=loop)
+            except _LeftToTransformers as left:
+                logger.debug("transformers' own loop decodes: %s", left)
+        return own(model, *args, **kwargs)
 
 
 class _LeftToTransformers(Exception):
@@ -68,8 +86,8 @@ class _State:
         self.steps: OrderedDict[tuple[Any, ...], DecodeStep] = OrderedDict()
         self.lock = threading.Lock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        return _State(self.devices)  # recordings read the original's weights
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _State, (self.devices,)  # a copy has no recordings: they read the original's weights
 
     def decode(
         self,

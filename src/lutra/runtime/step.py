@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lutra.errors import LutraError
 from lutra.nn import QuantizedLinear
 from lutra.runtime.blocks import FusedBlocks, why_not_fused
 from lutra.runtime.cache import StepCache
@@ -72,7 +74,8 @@ class DecodeStep:
         fused: bool = True,
     ) -> None:
         device = model.get_input_embeddings().weight.device
-        self.model, self.batch, self.capacity, self.greedy = model, batch, capacity, greedy
+        self._model = weakref.ref(model)
+        self.batch, self.capacity, self.greedy = batch, capacity, greedy
         self.device, self.padding = device, padding
         self.cache = StepCache(model.config.get_text_config().num_hidden_layers, capacity, device)
         self.ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
@@ -91,6 +94,14 @@ class DecodeStep:
         else:
             logger.debug("blocks of %s are not fused: %s", type(model).__name__, self.fallback)
         self._fingerprint = fingerprint(model)
+
+    @property
+    def model(self) -> Any:
+        """The model, which keeps its recordings, so they refer to it weakly."""
+        model = self._model()
+        if model is None:
+            raise LutraError("the model of this decoding step does not exist any more")
+        return model
 
     @property
     def is_recorded(self) -> bool:
