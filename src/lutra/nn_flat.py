@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lutra.formats.flat import FlatWeight
-from lutra.formats.layers import stored_tensor_shapes
+from lutra.formats.flat import FlatWeight, rotate_inputs
+from lutra.formats.layers import flat_format, stored_tensor_shapes
 from lutra.kernels.dispatch import Choice
 from lutra.kernels.flat import FlatSpec, choose
 from lutra.scheme import Format
@@ -38,6 +38,7 @@ class FlatLinear(nn.Module):
     input_source: Tensor
     input_step: Tensor | None
     input_smooth: Tensor | None
+    input_rotated: Tensor | None
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class FlatLinear(nn.Module):
         self.in_features, self.out_features, self.format = in_features, out_features, format
         shapes = stored_tensor_shapes(format, out_features, in_features)
         self._stored_names = list(shapes)
-        for name in ("input_step", "input_smooth"):
+        for name in ("input_step", "input_smooth", "input_rotated"):
             self.register_parameter(name, None)
         for name, (stored, shape) in shapes.items():
             empty = torch.empty(shape, dtype=stored)
@@ -68,10 +69,7 @@ class FlatLinear(nn.Module):
     @classmethod
     def from_weight(cls, weight: FlatWeight, bias: Tensor | None = None) -> FlatLinear:
         """A layer around a weight already packed."""
-        format = Format(
-            "flat", weight.bits, extra=weight.source.numel(), static=weight.step is not None,
-            smooth=weight.smooth is not None,
-        )  # fmt: skip
+        format = flat_format(weight)
         with torch.device("meta"):
             layer = cls(weight.in_features, weight.out_features, format)
         for name, tensor in weight.tensors().items():
@@ -82,11 +80,11 @@ class FlatLinear(nn.Module):
     def stored(self) -> FlatWeight:
         """The weight in its stored form, whichever kernel holds it now."""
         digits = self._digits()
-        step, smooth = self.input_step, self.input_smooth
+        step, smooth, rotated = self.input_step, self.input_smooth, self.input_rotated
         return FlatWeight(
             digits, self.weight_scale.data, self.input_limit.data, self.input_source.data,
             self.format.bits, self.in_features, None if step is None else step.data,
-            None if smooth is None else smooth.data,
+            None if smooth is None else smooth.data, None if rotated is None else rotated.data,
         )  # fmt: skip
 
     @property
@@ -153,6 +151,8 @@ class FlatLinear(nn.Module):
         if self._choice is None or (self._spec is not None and self._spec.dtype != x.dtype):
             self.prepare(x.dtype)
         assert self._choice is not None and self._spec is not None
+        if self.input_rotated is not None:
+            x = rotate_inputs(x, self.input_rotated)
         y: Tensor = self._choice.kernel.linear(x, self._prepared, self.bias, self._spec)
         return y
 

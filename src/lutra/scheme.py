@@ -7,7 +7,8 @@ integers, ``bcq3row`` one group per row. ``+f32`` marks scales stored in float32
 
 ``flat4`` and ``flat8`` are flattened integers (:mod:`lutra.formats.flat`), multiplied with
 activations that are quantized too: ``flat4x12`` has 12 further columns of weight digits,
-``+static`` a stored step of the activations, ``+smooth`` a stored scale of the inputs.
+``+static`` a stored step of the activations, ``+smooth`` a stored scale of the inputs, ``+had64``
+inputs that are rotated in blocks of 64.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _NAME = re.compile(
 )
 _FLAT_NAME = re.compile(
     r"flat(?P<bits>[48])(?:x(?P<extra>[1-9]\d*))?(?P<static>\+static)?(?P<smooth>\+smooth)?"
+    r"(?:\+had(?P<rotated>\d+))?"
 )
 
 
@@ -46,6 +48,7 @@ class Format:
         extra: of ``flat``: stored columns beyond one an input.
         static: of ``flat``: whether activations have one stored step.
         smooth: of ``flat``: whether inputs are divided by a stored scale.
+        rotated: of ``flat``: inputs in each block that a Hadamard matrix turns; 0 for none.
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Format:
     extra: int = 0
     static: bool = False
     smooth: bool = False
+    rotated: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -63,10 +67,18 @@ class Format:
         if self.kind == "flat":
             if self.bits not in (4, 8):
                 raise SchemeError(f"flattened integers have 4 or 8 bits, not {self.bits}")
+            if self.rotated and (self.rotated < 2 or self.rotated & (self.rotated - 1)):
+                raise SchemeError(
+                    f"inputs are rotated in blocks of a power of two, not {self.rotated}"
+                )
+            if self.rotated and self.smooth:
+                raise SchemeError("a layer has a stored scale of its inputs or rotates them")
             object.__setattr__(self, "group_size", -1)  # one scale an output, always in float32
             object.__setattr__(self, "scale_dtype", torch.float32)
-        elif self.extra or self.static or self.smooth:
-            raise SchemeError("only flat formats have further columns, a static step or smoothing")
+        elif self.extra or self.static or self.smooth or self.rotated:
+            raise SchemeError(
+                "only flat formats have further columns, a static step, smoothing or a rotation"
+            )
         if not 1 <= self.bits <= 8:
             raise SchemeError(f"bits must be between 1 and 8, not {self.bits}")
         if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
@@ -92,6 +104,7 @@ class Format:
             return cls(
                 "flat", int(flat["bits"]), extra=int(flat["extra"] or 0),
                 static=bool(flat["static"]), smooth=bool(flat["smooth"]),
+                rotated=int(flat["rotated"] or 0),
             )  # fmt: skip
         match = _NAME.fullmatch(name)
         if not match:
@@ -112,6 +125,7 @@ class Format:
         if self.kind == "flat":
             extra = f"x{self.extra}" if self.extra else ""
             marks = "+static" * self.static + "+smooth" * self.smooth
+            marks += f"+had{self.rotated}" if self.rotated else ""
             return f"flat{self.bits}{extra}{marks}"
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
         f32 = "+f32" if self.scale_dtype == torch.float32 else ""

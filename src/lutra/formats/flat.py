@@ -15,6 +15,11 @@ Weights are wide integers in the same way: ``|W[n, k]| <= m_k Q``. On disk they 
 every channel; columns behind them hold the further digits of channels with m_k > 1, in the order of
 the channels, and ``source`` says whose they are. So W[n, k] is the sum of the digits of channel k.
 
+Inputs may be rotated before all this, in blocks of b by the Hadamard matrix, :func:`rotate_inputs`:
+what spreads a few large values of a token over its other channels. The inputs that are left as they
+are, one to b of them, are those with the widest range; :func:`rotated_blocks` says how many blocks
+there are.
+
 Layout (`weight`): int32 ``[1, out, words]``; column c is at bits ``(c mod (32/bits)) * bits`` of
 word ``c div (32/bits)``. Columns past the last are 0.
 
@@ -64,6 +69,41 @@ def unpack_digits(words_1OJ: Tensor, bits: int, columns: int) -> Tensor:
     return packed[:, :columns].contiguous()
 
 
+def rotated_blocks(in_features: int, block: int) -> int:
+    """Blocks of inputs that are rotated: as many as leave one input or more as it is."""
+    return (in_features - 1) // block
+
+
+def rotate_inputs(x: Tensor, rotated_NB: Tensor) -> Tensor:
+    """Turn blocks of inputs by the Hadamard matrix over the root of its size; others stay.
+
+    Sums and differences of pairs at distances 1, 2, 4, ... in float32 and one product at the end,
+    then rounded to the dtype of ``x``: the same numbers on every device and for any number of
+    tokens. The matrix is symmetric and its own inverse.
+
+    Args:
+        x: ``[..., in]``, any float dtype.
+        rotated_NB: int32 ``[blocks, b]``, the inputs of each block; b is a power of two.
+
+    Returns:
+        A new tensor like ``x``.
+    """
+    blocks, block = rotated_NB.shape
+    index = rotated_NB.reshape(-1).long()
+    values = x.index_select(-1, index).to(torch.float32).reshape(-1, blocks, block)
+    other = torch.empty_like(values)
+    distance = 1
+    while distance < block:
+        pairs = values.view(-1, blocks, block // (2 * distance), 2, distance)
+        turned = other.view_as(pairs)
+        torch.add(pairs[..., 0, :], pairs[..., 1, :], out=turned[..., 0, :])
+        torch.sub(pairs[..., 0, :], pairs[..., 1, :], out=turned[..., 1, :])
+        values, other = other, values
+        distance *= 2
+    values.mul_(block**-0.5)
+    return x.index_copy(-1, index, values.reshape(*x.shape[:-1], index.numel()).to(x.dtype))
+
+
 @dataclass
 class FlatWeight:
     """A layer ``[out, in]`` in flattened integers. See the module's docstring.
@@ -79,6 +119,7 @@ class FlatWeight:
             has its own, ``max_k |x[k]| / limit[k]``.
         smooth: float32 ``[in]``, by which inputs are divided first, where no layer before this one
             could take it up; else None.
+        rotated: int32 ``[blocks, b]``, the inputs of each rotated block; else None.
     """
 
     digits: Tensor
@@ -89,6 +130,7 @@ class FlatWeight:
     in_features: int
     step: Tensor | None = None
     smooth: Tensor | None = None
+    rotated: Tensor | None = None
 
     def __post_init__(self) -> None:
         columns = self.in_features + self.source.numel()
@@ -102,13 +144,25 @@ class FlatWeight:
             or self.scale.shape != (out,)
             or self.limit.shape != (self.in_features,)
             or self.source.dim() != 1
+            or (self.rotated is not None and not self._rotation_fits())
             or any(t is not None and t.shape != shape for t, shape in vectors.values())
         ):
             raise CheckpointError(
                 f"digits {tuple(self.digits.shape)} {self.digits.dtype} of {self.bits} bits, scale "
                 f"{tuple(self.scale.shape)}, limit {tuple(self.limit.shape)} and "
                 f"{self.source.numel()} further columns do not fit {self.in_features} inputs"
+                + ("" if self.rotated is None else f" rotated as {tuple(self.rotated.shape)}")
             )
+
+    def _rotation_fits(self) -> bool:
+        rotated = self.rotated
+        return (
+            rotated is not None
+            and self.smooth is None
+            and rotated.dtype == torch.int32
+            and rotated.dim() == 2
+            and len(rotated) == rotated_blocks(self.in_features, rotated.shape[1])
+        )
 
     @classmethod
     def pack(
@@ -119,6 +173,7 @@ class FlatWeight:
         bits: int,
         step: Tensor | None = None,
         smooth_I: Tensor | None = None,
+        rotated_NB: Tensor | None = None,
     ) -> FlatWeight:
         """Store wide integers: each channel in as many digits as its largest weight needs.
 
@@ -129,6 +184,8 @@ class FlatWeight:
             bits: 4 or 8.
             step: float32 ``[1]`` for static activations.
             smooth_I: float32 ``[in]``, what the inputs are divided by.
+            rotated_NB: the blocks of inputs that are rotated; the integers belong to the inputs
+                behind the rotation.
 
         Raises:
             SchemeError: the integers could leave the range of 32-bit accumulators.
@@ -155,6 +212,7 @@ class FlatWeight:
             wide_OI.shape[1],
             None if step is None else step.to(torch.float32).reshape(1),
             None if smooth_I is None else smooth_I.to(torch.float32).contiguous(),
+            None if rotated_NB is None else rotated_NB.to(torch.int32).contiguous(),
         )
 
     @property
@@ -178,6 +236,8 @@ class FlatWeight:
             stored["input_step"] = self.step
         if self.smooth is not None:
             stored["input_smooth"] = self.smooth
+        if self.rotated is not None:
+            stored["input_rotated"] = self.rotated
         return stored
 
     def digit_columns(self) -> Tensor:
@@ -195,6 +255,8 @@ class FlatWeight:
         dense_OI = self.wide().to(torch.float32) * self.scale[:, None]
         if self.smooth is not None:
             dense_OI = dense_OI / self.smooth
+        if self.rotated is not None:
+            dense_OI = rotate_inputs(dense_OI, self.rotated)
         return dense_OI.to(dtype)
 
     def bits_per_weight(self) -> float:

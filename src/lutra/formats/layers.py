@@ -12,7 +12,7 @@ import torch
 
 from lutra.errors import CheckpointError, SchemeError
 from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
-from lutra.formats.flat import FlatWeight, words_of
+from lutra.formats.flat import FlatWeight, rotated_blocks, words_of
 from lutra.formats.grouped import Grouped
 from lutra.scheme import Format, Scheme
 
@@ -64,6 +64,15 @@ def read_quantization_config(config: Mapping[str, Any]) -> Scheme:
         raise CheckpointError(f"quantization_config in config.json is damaged: {error}") from error
 
 
+def flat_format(weight: FlatWeight) -> Format:
+    """The name of what a packed weight of flattened integers is stored as."""
+    return Format(
+        "flat", weight.bits, extra=weight.source.numel(), static=weight.step is not None,
+        smooth=weight.smooth is not None,
+        rotated=0 if weight.rotated is None else weight.rotated.shape[1],
+    )  # fmt: skip
+
+
 def stored_tensor_shapes(
     format: Format, out_features: int, in_features: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -80,6 +89,9 @@ def stored_tensor_shapes(
             flat["input_step"] = (torch.float32, (1,))
         if format.smooth:
             flat["input_smooth"] = (torch.float32, (in_features,))
+        if format.rotated:
+            blocks = rotated_blocks(in_features, format.rotated)
+            flat["input_rotated"] = (torch.int32, (blocks, format.rotated))
         return flat
     groups = groups_per_row(in_features, format.group_size_for(in_features))
     scale = format.scale_dtype
@@ -135,7 +147,7 @@ def load_layer(
         return FlatWeight(
             tensors["weight"], tensors["weight_scale"], tensors["input_limit"],
             tensors["input_source"], format.bits, in_features, tensors.get("input_step"),
-            tensors.get("input_smooth"),
+            tensors.get("input_smooth"), tensors.get("input_rotated"),
         )  # fmt: skip
     group_size = format.group_size_for(in_features)
     if format.kind == "int":

@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from lutra.architectures import fold, rows_of
 from lutra.errors import CalibrationError, SchemeError
 from lutra.formats.checkpoint import check_finite, quantization_config
 from lutra.formats.flat import FlatWeight
+from lutra.formats.layers import flat_format
 from lutra.formats.output import OutputFolder
 from lutra.methods import Block
 from lutra.methods.flattenquant import (
@@ -45,11 +46,31 @@ from lutra.scheme import Format, Scheme
 
 logger = logging.getLogger(__name__)
 
-KEPT_LOGITS_BYTES = 1 << 28
-"""The original model's log probabilities are computed again each time where they take more."""
+KEPT_LOGITS_BYTES = 1 << 29
+"""The original model's logits and probabilities are computed again each time where they take
+more."""
+LOGITS_BYTES = 1 << 24
+"""Logits are computed and compared for as many tokens at a time as take so much."""
 
 Patch = Mapping[str, tuple[Candidate, str]]
 """Linears of a block that run quantized: ``path -> (candidate, path in it)``."""
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What the original model says of some tokens: logits, probabilities, log of their sum."""
+
+    logits_TV: Tensor
+    probabilities_TV: Tensor
+    lse_T: Tensor
+
+
+def _nll(logits_TV: Tensor, lse_T: Tensor, wanted_T1: Tensor) -> Tensor:
+    return _total(lse_T - logits_TV.gather(1, wanted_T1)[:, 0])
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.double().sum().cpu()
 
 
 class ModelWalk(_Walk):
@@ -127,7 +148,7 @@ class ModelWalk(_Walk):
         fitted_NTD = self.streamed.embed(self.fitted_NT, self._batch)
         judged_NTD = self.streamed.embed(self.judged_NT, self._batch)
         self.judged_input_NTD = judged_NTD.clone()
-        self._kept_logp: dict[int, Tensor] = {}
+        self._kept_predictions: dict[tuple[int, int], list[_Predictions]] = {}
         self.original = self._original_logits(judged_NTD.clone(), output)
         for index in range(blocks):
             state = output.load_state(f"survey {index}")
@@ -293,38 +314,56 @@ class ModelWalk(_Walk):
             hidden_NTD: behind the last block, for as many windows as it has.
             stride: only every so many predictions are looked at.
         """
-        divergence, tokens = 0.0, 0
-        nll = {"original": 0.0, "quantized": 0.0}
+        divergence = torch.zeros((), dtype=torch.float64)
+        nll = {"original": divergence.clone(), "quantized": divergence.clone()}
+        tokens = 0
         for sample in range(len(hidden_NTD)):
             targets = self.judged_NT[sample, 1:][::stride].to(self.device)
-            original = self._original_logp(sample)[::stride]
-            quantized = self._logp(hidden_NTD[sample, :-1][::stride])
-            for name, logp in (("original", original), ("quantized", quantized)):
-                nll[name] -= float(logp.gather(1, targets[:, None]).sum())
-            divergence += float((original.exp() * (original - quantized)).sum())
-            tokens += len(targets)
-        perplexity = {k: math.exp(min(v / tokens, 700.0)) for k, v in nll.items()}
+            hidden_TD = hidden_NTD[sample, :-1][::stride]
+            start = 0
+            for original in self._original_parts(sample, stride):
+                stop = start + len(original.logits_TV)
+                logits_TV = self._logits(hidden_TD[start:stop])
+                lse_T = logits_TV.logsumexp(-1)
+                wanted_T1 = targets[start:stop, None]
+                nll["original"] += _nll(original.logits_TV, original.lse_T, wanted_T1)
+                nll["quantized"] += _nll(logits_TV, lse_T, wanted_T1)
+                # sum p (log p - log q), with the difference of logits first: both are large.
+                logits_TV.sub_(original.logits_TV).mul_(original.probabilities_TV)
+                divergence += _total(lse_T - original.lse_T - logits_TV.sum(-1))
+                tokens, start = tokens + stop - start, stop
+        perplexity = {k: math.exp(min(float(v) / tokens, 700.0)) for k, v in nll.items()}
         return {
-            "kl": divergence / tokens,
+            "kl": max(0.0, float(divergence) / tokens),
             "perplexity_original": perplexity["original"],
             "perplexity_quantized": perplexity["quantized"],
             "perplexity_ratio": perplexity["quantized"] / perplexity["original"],
             "tokens": tokens,
         }
 
-    def _logp(self, hidden_TD: Tensor) -> Tensor:
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
         finished_1TD = self.streamed.finish(hidden_TD[None].to(self.device))
-        logits_1TV = self.streamed.logits(finished_1TD.float(), self._head_tensors)
-        return logits_1TV[0].float().log_softmax(-1)
+        return self.streamed.logits(finished_1TD.float(), self._head_tensors)[0].float()
 
-    def _original_logp(self, sample: int) -> Tensor:
-        """Log probabilities of the original model; kept where they take little memory."""
-        if sample not in self._kept_logp:
-            logp_TV = self._logp(self.original[sample, :-1])
-            if len(self.original) * logp_TV.numel() * 4 > KEPT_LOGITS_BYTES:
-                return logp_TV
-            self._kept_logp[sample] = logp_TV
-        return self._kept_logp[sample]
+    def _original_parts(self, sample: int, stride: int) -> Iterator[_Predictions]:
+        """What the original model predicts in a window; kept where that takes little memory."""
+        kept = self._kept_predictions.get((sample, stride))
+        if kept is not None:
+            yield from kept
+            return
+        hidden_TD = self.original[sample, :-1][::stride]
+        vocabulary = len(self._head_tensors["weight"])
+        total = 8 * vocabulary * self.judged_NT.numel()
+        kept = []
+        for part_TD in hidden_TD.split(max(1, LOGITS_BYTES // (4 * vocabulary))):
+            logits_TV = self._logits(part_TD)
+            lse_T = logits_TV.logsumexp(-1)
+            found = _Predictions(logits_TV, (logits_TV - lse_T[:, None]).exp_(), lse_T)
+            if total <= KEPT_LOGITS_BYTES:
+                kept.append(found)
+            yield found
+        if kept:
+            self._kept_predictions[sample, stride] = kept
 
     # ---- decide
 
@@ -393,6 +432,7 @@ class ModelWalk(_Walk):
             weights[path] = FlatWeight(
                 part["weight"], part["weight_scale"], part["input_limit"], part["input_source"],
                 facts["bits"], len(part["input_limit"]), part.get("input_step"),
+                rotated=part.get("input_rotated"),
             )  # fmt: skip
         stem = f"{rung}/{group[0]}"
         smooth, scale = (state.get(f"{stem}/{name}") for name in ("smooth", "scale"))
@@ -459,7 +499,7 @@ class ModelWalk(_Walk):
                     check_finite(f"{path}.{name}.{suffix}", tensor)
                     result[f"{stem}.{suffix}"] = tensor.cpu().contiguous()
                 record |= {
-                    "format": str(_format_of(weight)),
+                    "format": str(flat_format(weight)),
                     "bits_per_weight": weight.bits_per_weight(),
                     "error": record["output_error"],
                     "error_of": "output",
@@ -519,13 +559,6 @@ class ModelWalk(_Walk):
         facts["layers"] = report["layers"]
         config["quantization_config"] = quantization_config(Scheme(tuple(rules)), **facts)
         return config
-
-
-def _format_of(weight: FlatWeight) -> Format:
-    return Format(
-        "flat", weight.bits, -1, torch.float32, extra=weight.source.numel(),
-        static=weight.step is not None, smooth=weight.smooth is not None,
-    )  # fmt: skip
 
 
 def _stored(group: tuple[str, ...], rung: int, candidate: Candidate) -> dict[str, Tensor]:

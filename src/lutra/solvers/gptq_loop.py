@@ -177,6 +177,68 @@ def round_integers_with_feedback(
     return integers_IO.t().contiguous()
 
 
+def refit_scales(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    integers_OI: Tensor,
+    scale_O: Tensor,
+    together: list[slice] | None = None,
+) -> Tensor:
+    """The scale of every row that is best for its integers: ``s = (w H q) / (q H q)``.
+
+    Args:
+        hessian_II: damped.
+        scale_O: what a row keeps that has no integers but 0, or would need a scale below 0.
+        together: rows that share one scale; None gives each row its own.
+    """
+    product_OI = integers_OI @ hessian_II
+    above_O = (product_OI * weight_OI).sum(1)
+    below_O = (product_OI * integers_OI).sum(1)
+    for rows in together or ():
+        above_O[rows], below_O[rows] = above_O[rows].sum(), below_O[rows].sum()
+    usable_O = (above_O > 0) & (below_O > 0)
+    return torch.where(usable_O, above_O / below_O.clamp_min(1e-30), scale_O)
+
+
+def descend_integers(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    integers_OI: Tensor,
+    scale_O: Tensor,
+    limit_I: Tensor,
+    block: int = 128,
+) -> Tensor:
+    """One pass of exact coordinate minimisation over the columns, scales kept; see
+    :func:`descend_codes`. The loss cannot rise.
+
+    Args:
+        hessian_II: damped.
+        integers_OI: integers as float32, such as :func:`round_integers_with_feedback` gives; not
+            changed.
+        limit_I: largest integer of each input.
+    """
+    integers_IO = integers_OI.t().clone(memory_format=torch.contiguous_format)
+    gradient_IO = hessian_II @ (weight_OI.t() - integers_IO * scale_O)
+    diagonal, limits = hessian_II.diagonal().tolist(), limit_I.tolist()
+    for start in range(0, len(integers_IO), block):
+        stop = min(start + block, len(integers_IO))
+        hessian_SS = hessian_II[start:stop, start:stop]
+        gradient_SO = gradient_IO[start:stop].clone()
+        change_SO = torch.empty_like(gradient_SO)
+        for j in range(stop - start):
+            i = start + j
+            current_O = integers_IO[i]
+            wanted_O = torch.addcdiv(current_O, gradient_SO[j], scale_O, value=1 / diagonal[i])
+            wanted_O.round_().clamp_(-limits[i], limits[i])
+            torch.sub(wanted_O, current_O, out=change_SO[j])
+            change_SO[j] *= scale_O
+            integers_IO[i] = wanted_O
+            # Only columns still to come read the gradient again.
+            gradient_SO[j + 1 :].addr_(hessian_SS[j, j + 1 :], change_SO[j], alpha=-1)
+        gradient_IO[stop:] -= hessian_II[stop:, start:stop] @ change_SO
+    return integers_IO.t().contiguous()
+
+
 def output_error(weight_OI: Tensor, quantized_OI: Tensor, hessian_II: Tensor) -> float:
     """||X (W - W^)^T||^2 / ||X W^T||^2, the relative squared error of the layer's output."""
     error_OI = weight_OI - quantized_OI

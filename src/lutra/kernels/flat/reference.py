@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lutra.formats.flat import FlatWeight, words_of
+from lutra.formats.flat import FlatWeight, rotate_inputs, words_of
 from lutra.kernels.flat import FlatKernel, FlatSpec
 from lutra.kernels.flat.lowering import quantize_input
 
@@ -36,6 +36,8 @@ def scale_output(
 
 def linear(x: Tensor, weight: FlatWeight, bias: Tensor | None) -> Tensor:
     """The layer as it is defined, ``[..., in]`` to ``[..., out]``."""
+    if weight.rotated is not None:
+        x = rotate_inputs(x, weight.rotated)
     x_MI = x.reshape(-1, weight.in_features)
     q_MI, step_M = quantize_input(x_MI, weight.limit, weight.step, weight.smooth)
     acc_MO = wide_product(q_MI, weight.wide())
