@@ -100,6 +100,27 @@ def test_prompts_of_unequal_length(family, device, tmp_path):
 
 
 @BOTH
+@pytest.mark.parametrize("family", sorted(FUSED))
+def test_prompts_read_by_fused_blocks(family, device, tmp_path):
+    plain, model = _models(tmp_path, family, device)
+    ids = _prompt(3, 21, device)
+    with torch.no_grad():
+        own = plain(ids, use_cache=True)
+        wanted = own.logits[:, -1].float()
+        step = DecodeStep(model, 3, 64)
+        assert step.fallback is None
+        step._reads_fused = True  # on a CPU the same, by torch
+        found = step.prefill(ids).float()
+        error = (found - wanted).abs().max() / wanted.abs().max()
+        assert error < (1e-4 if device == "cpu" else 4e-3)
+        for layer, stored in zip(step.cache.step_layers, own.past_key_values.layers, strict=True):
+            for a, b in ((layer.keys, stored.keys), (layer.values, stored.values)):
+                assert (a[:, :, :21] - b).abs().max() <= (1e-4 if device == "cpu" else 2e-2)
+                assert (a[:, :, 21:] == 0).all()
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@BOTH
 def test_drawn_tokens_and_processors(device, tmp_path):
     plain, model = _models(tmp_path, "llama", device)
     ids = _prompt(2, 7, device)

@@ -9,18 +9,22 @@ from lutra.kernels.cuda import token_step
 from lutra.kernels.cuda.token_step import AttentionShape, DirectSum
 
 _VARIANTS = [
-    ("token_norm", {"THREADS": 512, "VECTORS": 1, "LAYER_NORM": 0}),
-    ("token_norm", {"THREADS": 512, "VECTORS": 3, "LAYER_NORM": 1}),
+    ("token_norm", {"THREADS": 512, "VECTORS": 1, "LAYER_NORM": 0, "CLUSTER": 1}),
+    ("token_norm", {"THREADS": 512, "VECTORS": 3, "LAYER_NORM": 1, "CLUSTER": 1}),
+    ("token_norm", {"THREADS": 192, "VECTORS": 1, "LAYER_NORM": 1, "CLUSTER": 8}),
     ("token_activation", {"SILU": 1}),
     ("token_activation", {"SILU": 0}),
     ("token_sum", {}),
+    ("prompt_heads", {"HEAD_DIM": 128, "ROTARY": 1, "HEAD_NORM": 0}),
+    ("prompt_heads", {"HEAD_DIM": 64, "ROTARY": 1, "HEAD_NORM": 1}),
     *(
         (
             "token_attention",
             {"HEAD_DIM": d, "QUERIES": q, "WARPS": w, "ROTARY": r, "HEAD_NORM": n},
         )
         for d, q, w, r, n in (
-            (128, 1, 4, 0, 0), (128, 4, 8, 1, 0), (64, 7, 4, 1, 0), (128, 8, 4, 1, 1)
+            (128, 1, 4, 0, 0), (128, 4, 8, 1, 0), (64, 7, 4, 1, 0), (128, 8, 4, 1, 1),
+            (256, 8, 4, 1, 1), (128, 16, 4, 1, 0),
         )
     ),
 ]  # fmt: skip
@@ -124,6 +128,39 @@ def test_attention(dtype, d, heads, kv_heads, rotary, norms, batch, capacity, po
     assert torch.equal(first, again)
     assert torch.equal(keys, keys_too) and torch.equal(values, values_too)
     assert (first - exact).abs().max() <= 0.01 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("d", "heads", "kv_heads", "rotary", "norms"),
+    [(128, 32, 8, True, False), (128, 6, 6, False, False), (64, 14, 2, True, True),
+     (256, 8, 4, True, False)],
+)  # fmt: skip
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 33), (1, 700)])
+def test_attention_of_prompts(dtype, d, heads, kv_heads, rotary, norms, batch, length):
+    torch.manual_seed(length)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    shape = AttentionShape(heads, kv_heads, d, d**-0.5, 1e-6)
+    qkv = random(batch * length, (heads + 2 * kv_heads) * d)
+    angle = torch.rand(batch * length, d // 2, device="cuda") * 6
+    tables = tuple(torch.cat([f] * 2, -1).to(dtype) for f in (angle.cos(), angle.sin()))
+    weights = (random(d).abs() + 0.5, random(d).abs() + 0.5)
+    rest = (tables if rotary else None, weights if norms else None)
+    keys, values = torch.zeros(2, batch, kv_heads, length + 3, d, device="cuda", dtype=dtype)
+    wanted_qkv = token_step._turned_heads(qkv.clone(), shape, *rest)
+    y = token_step.prompt_attention(qkv.clone(), keys, values, shape, *rest)
+    q, k, v = (t.view(batch, length, -1, d).transpose(1, 2) for t in wanted_qkv)
+    assert torch.equal(keys[:, :, :length], k) and torch.equal(values[:, :, :length], v)
+    assert (keys[:, :, length:] == 0).all() and (values[:, :, length:] == 0).all()
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True, scale=shape.scale, enable_gqa=True
+    )
+    exact = exact.transpose(1, 2).reshape(batch * length, -1)
+    assert (y - exact).norm() <= 6e-3 * exact.norm()
 
 
 @pytest.mark.gpu

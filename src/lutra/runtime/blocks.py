@@ -1,9 +1,9 @@
-"""Decoder blocks of known families for one token per sequence, in eight launches.
+"""Decoder blocks of known families in eight launches, for one token per sequence or for prompts.
 
-While a step is recorded, the blocks of the model and its last norm run the functions below instead
-of their own ``forward``; outside of it nothing is changed. They call the model's own linear layers
-and compute what its own blocks compute, with two sums less: a block hands the result of its MLP on
-unsummed (:class:`Unsummed`), and the norm of the next block adds it.
+While a step is recorded or a prompt is read, the blocks of the model and its last norm run the
+functions below instead of their own ``forward``; outside of it nothing is changed. They call the
+model's own linear layers and compute what its own blocks compute, with two sums less: a block hands
+the result of its MLP on unsummed (:class:`Unsummed`), and the norm of the next block adds it.
 
 A model of another family, or one with a shape that the kernels do not know, keeps its own blocks.
 """
@@ -24,6 +24,7 @@ from lutra.kernels.cuda.token_step import (
     activation,
     add_norm,
     attention,
+    prompt_attention,
     unsupported,
 )
 from lutra.nn import QuantizedLinear
@@ -71,6 +72,7 @@ class FusedBlocks:
 
     def __init__(self, model: Any, batch: int, cache: StepCache, start: Tensor) -> None:
         self.batch, self.cache, self.start = batch, cache, start
+        self._length: int | None = None  # of the prompts that are read; None for one token
         blocks, norm = _parts(model)
         shapes = {_attention_shape(block) for block in blocks}
         (shape,) = shapes
@@ -83,8 +85,14 @@ class FusedBlocks:
             self._forwards.append((rotary, self._rotary_table(rotary, norm.weight)))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model runs the substitutes within this context."""
+    def in_place(self, length: int | None = None) -> Iterator[None]:
+        """The model runs the substitutes within this context.
+
+        Args:
+            length: of the prompts that it reads, which have no padding; None for one token of each
+                sequence at the cache's position.
+        """
+        self._length = length
         try:
             for module, forward in self._forwards:
                 module.forward = forward
@@ -95,7 +103,7 @@ class FusedBlocks:
 
     def _norm(self, norm: nn.Module, hidden: Tensor | Unsummed) -> tuple[Tensor, Tensor]:
         x, delta = (hidden.sum, hidden.delta) if isinstance(hidden, Unsummed) else (hidden, None)
-        x = x.reshape(self.batch, -1)
+        x = x.reshape(-1, x.shape[-1])
         bias = getattr(norm, "bias", None)
         weight: Any = norm.weight
         return add_norm(x, delta, weight, bias, _epsilon(norm), isinstance(norm, nn.LayerNorm))
@@ -125,10 +133,16 @@ class FusedBlocks:
             if position_embeddings is not None:
                 cosine, sine = (t.reshape(-1, shape.head_dim) for t in position_embeddings)
                 rotary = (cosine, sine)
-            mixed = attention(
-                joint_product(projections, x), layer.keys, layer.values, self.cache.position,
-                self.start, shape, rotary, norms,
-            )  # fmt: skip
+            qkv = joint_product(projections, x)
+            if self._length is None:
+                mixed = attention(
+                    qkv, layer.keys, layer.values, self.cache.position, self.start, shape, rotary,
+                    norms,
+                )  # fmt: skip
+            else:
+                like = qkv.new_empty(self.batch, shape.kv_heads, 0, shape.head_dim)
+                keys, values = layer.begin(like, self._length)
+                mixed = prompt_attention(qkv, keys, values, shape, rotary, norms)
             total, x = self._norm(second, Unsummed(total, output(mixed)))
             return Unsummed(total, mlp(x))
 
@@ -147,6 +161,9 @@ class FusedBlocks:
 
     def _last_norm(self, norm: nn.Module) -> Callable[..., Any]:
         def forward(hidden_states: Tensor | Unsummed) -> Tensor:
+            if self._length is not None and isinstance(hidden_states, Unsummed):
+                last = slice(self._length - 1, None, self._length)  # of each prompt
+                hidden_states = Unsummed(hidden_states.sum[last], hidden_states.delta[last])
             return self._norm(norm, hidden_states)[1].view(self.batch, 1, -1)
 
         return forward

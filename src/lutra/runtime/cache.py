@@ -39,6 +39,18 @@ class StepLayer(CacheLayerMixin):
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
 
+    def begin(self, like: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, of which the caller writes the first ``length`` rows.
+
+        Args:
+            like: of the shape of keys, in all but their number.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        assert self.keys is not None and self.values is not None
+        self.filled = length
+        return self.keys, self.values
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,8 @@ class DecodeStep:
             self._blocks = FusedBlocks(model, batch, self.cache, self.start)
         else:
             logger.debug("blocks of %s are not fused: %s", type(model).__name__, self.fallback)
+        # On a CPU, blocks of many rows are bound by the products whatever runs between them.
+        self._reads_fused = self._blocks is not None and device.type == "cuda"
         self._fingerprint = fingerprint(model)
 
     @property
@@ -126,10 +128,15 @@ class DecodeStep:
         if attention_mask is not None:
             self.start.copy_(length - attention_mask.sum(1))
             positions = (positions - self.start[:, None]).clamp(min=0)
-        output = self.model(
-            input_ids=ids, attention_mask=attention_mask, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        context: Any = contextlib.nullcontext()
+        if self._reads_fused and attention_mask is None:
+            assert self._blocks is not None
+            context = self._blocks.in_place(length)
+        with context:
+            output = self.model(
+                input_ids=ids, attention_mask=attention_mask, position_ids=positions,
+                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
         self.cache.position.fill_(length)
         self.unfinished.fill_(True)
         if self._fingerprint is None or self._graph is None:

@@ -1,10 +1,13 @@
-"""What lies between the linear layers of a block when one token per sequence is decoded.
+"""What lies between the linear layers of a block.
 
 Three operations, each one launch on a GPU (``token_*.cu``), one call on a CPU
 (:mod:`lutra.kernels.cpu.token_step`) and plain torch elsewhere: the norm
 with the residual sum before it, the activation of the MLP, and attention with rotary embedding and
 the write to the key-value cache. Measured on an H200, torch takes about thirty launches for them,
-which cost more than the linear layers of a block of 4096 features.
+which cost more than the linear layers of a block of 4096 features when one token is decoded.
+
+The first two take any number of rows. Attention is that of one new token per sequence, or of whole
+prompts, where torch's flash attention follows one launch for all else (``prompt_heads.cu``).
 """
 
 from __future__ import annotations
@@ -23,7 +26,13 @@ if TYPE_CHECKING:
     from lutra.kernels.cuda.launch import Function
 
 HEAD_DIMS = (64, 128, 256)
-MOST_QUERIES = 8  # heads that share a key head
+TILE = 16  # positions that a warp of the attention reads at once
+MOST_PARTS = 8  # of the positions of a sequence: blocks of a cluster
+
+
+def most_queries(head_dim: int) -> int:
+    """Heads that may share a key head: as many as registers hold the sums of."""
+    return 16 if head_dim <= 128 else 8
 
 
 class _NormArguments(ctypes.Structure):
@@ -61,6 +70,16 @@ class _AttentionArguments(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("epsilon", ctypes.c_float),
     ]
+
+
+class _HeadsArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "qkv", "cosine", "sine", "query_norm", "key_norm", "keys", "values",
+        )),
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "first", "length", "capacity")),
+        ("epsilon", ctypes.c_float),
+    ]  # fmt: skip
 
 
 class _SumArguments(ctypes.Structure):
@@ -108,26 +127,49 @@ def unsupported(
         return f"activations are {dtype}, not float16 or bfloat16"
     if shape.head_dim not in HEAD_DIMS:
         return f"heads have {shape.head_dim} channels, not 64, 128 or 256"
-    if shape.queries > MOST_QUERIES:
-        return f"{shape.queries} heads share a key head; {MOST_QUERIES} can"
+    if shape.queries > most_queries(shape.head_dim):
+        return f"{shape.queries} heads share a key head; {most_queries(shape.head_dim)} can"
     if hidden % 8:
         return f"{hidden} features are not a multiple of 8"
     return None
 
 
-def parts_of(shape: AttentionShape, batch: int, capacity: int, device: torch.device) -> int:
-    """Into how many parts the positions of a sequence are cut: about two blocks a processor.
+def attention_plan(
+    shape: AttentionShape, batch: int, capacity: int, processors: int, clusters: bool
+) -> tuple[int, int]:
+    """Warps of a block, and blocks among which the positions of a sequence are divided.
 
-    Parts meet in a cluster of at most eight blocks; cards before Hopper have none.
+    About two blocks a processor, unless the cache is so small that warps would have no tile.
+
+    Args:
+        capacity: positions of the cache.
+        processors: of the GPU.
+        clusters: whether blocks can meet in clusters, as they do from Hopper on.
     """
-    properties = torch.cuda.get_device_properties(device)
-    if properties.major < 9:
-        return 1
-    wanted = 2 * properties.multi_processor_count / (batch * shape.kv_heads)
+    warps = 4 if capacity <= 1024 else 8
+    if shape.queries * shape.head_dim * 4 * warps > 40960:  # bytes of shared memory for sums
+        warps = 4
     parts = 1
-    while parts < min(wanted, 8) and parts * 64 <= capacity:
-        parts *= 2
-    return parts
+    if clusters:
+        wanted = 2 * processors / (batch * shape.kv_heads)
+        while parts < min(wanted, MOST_PARTS) and parts * warps * TILE < capacity:
+            parts *= 2
+    return warps, parts
+
+
+def norm_plan(rows: int, features: int, clusters: bool) -> tuple[int, int, int]:
+    """Blocks that share a row, threads of a block, and vectors of 8 values of a thread.
+
+    Args:
+        clusters: whether blocks can meet in clusters.
+    """
+    vectors = features // 8
+    if clusters and rows <= 64:
+        for cluster in (8, 4, 2):
+            threads = vectors // cluster
+            if vectors % (32 * cluster) == 0 and threads <= 1024:
+                return cluster, threads, 1
+    return 1, 512, -(-vectors // 512)
 
 
 def add_norm(
@@ -151,19 +193,20 @@ def add_norm(
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
         return h, weight * wide.to(h.dtype)
     x = x.contiguous()
+    delta = None if delta is None else delta.contiguous()
     rows, features = x.shape
     y = torch.empty_like(x)
     h = x if delta is None else torch.empty_like(x)
-    threads = 512
-    vectors = -(-features // (8 * threads))
+    cluster, threads, vectors = norm_plan(rows, features, _has_clusters(x.device))
     kernel = _function(
-        "token_norm", x, THREADS=threads, VECTORS=vectors, LAYER_NORM=int(layer_norm)
-    )
+        "token_norm", x, THREADS=threads, VECTORS=vectors, LAYER_NORM=int(layer_norm),
+        CLUSTER=cluster,
+    )  # fmt: skip
     arguments = _NormArguments(
         x.data_ptr(), _pointer(delta), weight.data_ptr(), _pointer(bias), h.data_ptr(),
         y.data_ptr(), features, epsilon,
     )  # fmt: skip
-    kernel(arguments, (rows, 1, 1), threads)
+    kernel(arguments, (cluster * rows, 1, 1), threads, cluster)
     return h, y
 
 
@@ -182,7 +225,7 @@ def activation(x: Tensor, gated: bool) -> Tensor:
     y = x.new_empty(rows, features)
     kernel = _function("token_activation", x, SILU=int(gated))
     arguments = _ActivationArguments(x.data_ptr(), y.data_ptr(), features)
-    kernel(arguments, (-(-features // 512), rows, 1), 64)
+    kernel(arguments, (rows, -(-features // 512), 1), 64)
     return y
 
 
@@ -222,8 +265,9 @@ def attention(
     qkv = qkv.contiguous()
     batch = qkv.shape[0]
     y = qkv.new_empty(batch, shape.heads * shape.head_dim)
-    large = shape.queries * (shape.head_dim + 2) > 1100  # shared memory holds four warps' sums
-    warps = 4 if large or keys.shape[2] <= 1024 else 8
+    processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    clusters = _has_clusters(qkv.device)
+    warps, parts = attention_plan(shape, batch, keys.shape[2], processors, clusters)
     kernel = _function(
         "token_attention", qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries,
         WARPS=warps, ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
@@ -236,9 +280,70 @@ def attention(
         keys.data_ptr(), values.data_ptr(), position.data_ptr(), start.data_ptr(),
         y.data_ptr(), stride, shape.kv_heads, keys.shape[2], shape.scale, shape.epsilon,
     )  # fmt: skip
-    parts = parts_of(shape, batch, keys.shape[2], qkv.device)
     kernel(arguments, (parts, shape.kv_heads, batch), 32 * warps, parts)
     return y
+
+
+def prompt_attention(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shape: AttentionShape,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Causal attention within prompts without padding, whose keys and values enter the cache.
+
+    On a GPU norms of heads, rotary embedding and the cache are one launch, and torch's flash
+    attention reads queries and the cache where they lie.
+
+    Args:
+        qkv: ``[batch length, (heads + 2 kv_heads) head_dim]``, which may be overwritten.
+        keys, values: the cache, ``[batch, kv_heads, capacity, head_dim]``; the first rows are
+            written.
+        rotary: cosines and sines ``[batch length, head_dim]``.
+        norms: as in :func:`attention`.
+
+    Returns:
+        ``[batch length, heads head_dim]``.
+    """
+    batch, d = keys.shape[0], shape.head_dim
+    rows, length = qkv.shape[0], qkv.shape[0] // batch
+    if qkv.device.type == "cuda":
+        _turn_heads(qkv, keys, values, length, shape, rotary, norms)
+        q = qkv.view(batch, length, -1, d)[:, :, : shape.heads]
+    else:
+        q, k, v = _turned_heads(qkv, shape, rotary, norms)
+        q, k, v = (t.view(batch, length, -1, d) for t in (q, k, v))
+        keys[:, :, :length] = k.transpose(1, 2)
+        values[:, :, :length] = v.transpose(1, 2)
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), keys[:, :, :length], values[:, :, :length], is_causal=True,
+        scale=shape.scale, enable_gqa=shape.queries > 1,
+    )  # fmt: skip
+    return y.transpose(1, 2).reshape(rows, -1)
+
+
+def _turn_heads(
+    qkv: Tensor, keys: Tensor, values: Tensor, length: int, shape: AttentionShape,
+    rotary: tuple[Tensor, Tensor] | None, norms: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    if not qkv.is_contiguous():
+        raise ValueError("queries, keys and values of a prompt must lie side by side")
+    kernel = _function(
+        "prompt_heads", qkv, HEAD_DIM=shape.head_dim, ROTARY=int(rotary is not None),
+        HEAD_NORM=int(norms is not None),
+    )  # fmt: skip
+    cosine, sine = (t.contiguous() for t in rotary) if rotary is not None else (None, None)
+    query_norm, key_norm = norms if norms is not None else (None, None)
+    first = 0 if rotary is not None or norms is not None else shape.heads
+    arguments = _HeadsArguments(
+        qkv.data_ptr(), _pointer(cosine), _pointer(sine), _pointer(query_norm),
+        _pointer(key_norm), keys.data_ptr(), values.data_ptr(), shape.heads, shape.kv_heads, first,
+        length, keys.shape[2], shape.epsilon,
+    )  # fmt: skip
+    lanes = (shape.heads + 2 * shape.kv_heads - first) * shape.head_dim // 16
+    kernel(arguments, (qkv.shape[0], -(-lanes // 128), 1), 128)
 
 
 class DirectSum:
@@ -289,14 +394,8 @@ def _attention_by_torch(
     shape: AttentionShape, rotary: tuple[Tensor, Tensor] | None,
     norms: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    batch, d = qkv.shape[0], shape.head_dim
-    parts = (shape.heads * d, shape.kv_heads * d, shape.kv_heads * d)
-    q, k, v = (t.view(batch, -1, d) for t in qkv.split(parts, dim=-1))
-    if norms is not None:
-        q, k = (_head_norm(t, w, shape.epsilon) for t, w in zip((q, k), norms, strict=True))
-    if rotary is not None:
-        cosine, sine = (t.view(-1, 1, d) for t in rotary)
-        q, k = (t * cosine + _turned(t) * sine for t in (q, k))
+    batch = qkv.shape[0]
+    q, k, v = _turned_heads(qkv, shape, rotary, norms)
     keys.index_copy_(2, position, k[:, :, None])
     values.index_copy_(2, position, v[:, :, None])
     inside = torch.arange(keys.shape[2], device=qkv.device)
@@ -311,6 +410,22 @@ def _attention_by_torch(
     return y.reshape(batch, -1)
 
 
+def _turned_heads(
+    qkv: Tensor, shape: AttentionShape, rotary: tuple[Tensor, Tensor] | None,
+    norms: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Queries, keys and values ``[rows, heads, head_dim]``, normed and turned."""
+    rows, d = qkv.shape[0], shape.head_dim
+    parts = (shape.heads * d, shape.kv_heads * d, shape.kv_heads * d)
+    q, k, v = (t.view(rows, -1, d) for t in qkv.split(parts, dim=-1))
+    if norms is not None:
+        q, k = (_head_norm(t, w, shape.epsilon) for t, w in zip((q, k), norms, strict=True))
+    if rotary is not None:
+        cosine, sine = (t.view(-1, 1, d) for t in rotary)
+        q, k = (t * cosine + _turned(t) * sine for t in (q, k))
+    return q, k, v
+
+
 def _head_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -320,6 +435,10 @@ def _head_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _turned(x: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
+
+
+def _has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).major >= 9
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
