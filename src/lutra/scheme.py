@@ -30,7 +30,7 @@ _NAME = re.compile(
 )
 _FLAT_NAME = re.compile(
     r"flat(?P<bits>[48])(?:x(?P<extra>[1-9]\d*))?(?P<static>\+static)?(?P<smooth>\+smooth)?"
-    r"(?:\+had(?P<rotated>\d+))?"
+    r"(?:\+had(?P<rotated>[1-9]\d*))?"
 )
 
 

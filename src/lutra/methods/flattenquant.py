@@ -49,6 +49,7 @@ from lutra.architectures import (
 )
 from lutra.errors import CalibrationError
 from lutra.formats.flat import FlatWeight, largest_digit, rotate_inputs
+from lutra.kernels.flat import FlatSpec, choose
 from lutra.kernels.flat.lowering import quantize_input
 from lutra.methods import Block, check_choice, check_range, method
 from lutra.solvers.gptq_loop import (
@@ -202,25 +203,23 @@ class Candidate:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self, path: str, x: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer computes from inputs that are not smoothed, in float32 or the dtype of x.
+        """What the layer computes from inputs that are not smoothed, by the kernel of the device.
 
-        The same numbers as the integer product but for float rounding of the sum.
+        Args:
+            path: one of :attr:`weights`.
+            x: ``[..., in]``; the result has its dtype.
         """
-        weight = self.weights[path]
-        x_TI = x.reshape(-1, x.shape[-1]).float()
+        weight, dtype = self.weights[path], x.dtype
         if self.smooth_I is not None:
-            x_TI = x_TI / self.smooth_I
+            x = x.float() / self.smooth_I
         if weight.rotated is not None:
-            x_TI = rotate_inputs(x_TI, weight.rotated)
-        y_TO = x_TI.new_empty(len(x_TI), weight.out_features)
-        wide_IO = weight.wide().float().T
-        for x_CI, y_CO in zip(_chunks(x_TI), _chunks(y_TO, x_TI), strict=True):
-            q_CI, step_C = quantize_input(x_CI, weight.limit, weight.step)
-            torch.mm(q_CI.float(), wide_IO, out=y_CO)
-            y_CO *= step_C[:, None] * weight.scale
-        if bias is not None:
-            y_TO += bias
-        return y_TO.reshape(*x.shape[:-1], weight.out_features).to(x.dtype)
+            x = rotate_inputs(x, weight.rotated)
+        spec = FlatSpec(
+            weight.out_features, weight.in_features, weight.columns, weight.bits,
+            weight.step is not None, False, x.device, x.dtype,
+        )  # fmt: skip
+        kernel = choose(spec).kernel
+        return kernel.linear(x, kernel.prepare(weight, spec), bias, spec).to(dtype)
 
 
 def fold_site_of(group: Sequence[str], architecture: Architecture) -> FoldSite | None:
@@ -561,10 +560,9 @@ def _step_tensor(step: float | None, like: Tensor) -> Tensor | None:
 _CHUNK_TOKENS = 2048
 
 
-def _chunks(x_TI: Tensor, like_TI: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Parts of the rows, as many at a time as `CHUNK_BYTES` hold of ``like_TI`` (of ``x_TI``)."""
-    width = (x_TI if like_TI is None else like_TI).shape[1]
-    return x_TI.split(max(1, CHUNK_BYTES // max(1, 4 * width)))
+def _chunks(x_TI: Tensor) -> tuple[Tensor, ...]:
+    """Parts of the rows, as many at a time as `CHUNK_BYTES` hold."""
+    return x_TI.split(max(1, CHUNK_BYTES // max(1, 4 * x_TI.shape[1])))
 
 
 def _largest(rows_TI: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from lutra.methods.flattenquant import (
     shares,
     solve_group,
 )
+from lutra.runner.allocator import keep_freed_blocks
 from lutra.runner.walk import REPORT_NAME, Progress, _Walk
 from lutra.scheme import Format, Scheme
 
@@ -81,6 +82,7 @@ class ModelWalk(_Walk):
             raise SchemeError(
                 f"method {self.method.name} leaves the head as it is; leave --lm-head-bits out"
             )
+        keep_freed_blocks()
         blocks = len(self.streamed.blocks)
         total = 2 * blocks + 2
         self.rungs = ladder(self.options, self.recipe.bits)
