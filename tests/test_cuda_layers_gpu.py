@@ -192,7 +192,7 @@ def test_the_command_line_on_a_gpu(quantized: Path, tmp_path: Path) -> None:
             env=environment, capture_output=True, text=True, timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        return done.stdout + done.stderr
 
     said = lutra("warmup", str(quantized), "--device", "cuda", "--tokens", "1,40", "--dtype",
                  "float16")

@@ -80,7 +80,8 @@ def humming(
     """humming-kernels: integer weights of any width with a scale per group, symmetric.
 
     It compiles a kernel for each of some ninety ranges of tokens at the first product; of these,
-    all of its own choice, it is given only the one that a batch falls into.
+    all of its own choice, it is given the one that a batch falls into (and the first, which its
+    launcher looks up as well).
     """
     if group <= 0 or not importlib.util.find_spec("humming"):
         return None
@@ -90,7 +91,7 @@ def humming(
         if tokens not in chosen:
             tune: Any = importlib.import_module("humming.tune")
             ranges = tune.get_heuristics_config(layer.humming_config, device=device)
-            chosen[tokens] = json.dumps([r for r in ranges if r[0] < tokens <= r[1]])
+            chosen[tokens] = json.dumps([r for r in ranges if r[0] < 1 or r[0] < tokens <= r[1]])
         return chosen[tokens]
 
     def make() -> Call:

@@ -59,6 +59,7 @@ def _bitplanes_linear(
 ) -> Tensor:
     _check(x, planes, in_features)
     weight = BitPlanes(planes, scale, offset, in_features, group_size).unpack(torch.float32)
+    bias = bias if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
