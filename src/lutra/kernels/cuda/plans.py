@@ -274,8 +274,9 @@ def field_plans(
     width = next((n for n in FIELD_WIDTHS if n >= tokens), FIELD_WIDTHS[-1])
     token_tiles = _ceil(tokens, width)
     scored = []
-    for warpgroups in (2, 3) if width == 64 and not codes else (2, 3, 4):  # registers
-        most = 1 if warpgroups > 2 else (3 if width <= 16 else 2)
+    full = width == 64 and layout.bits >= 4  # of registers; others do not fit or spill
+    for warpgroups in (2, 3) if full or (width == 64 and not codes) else (2, 3, 4):
+        most = 1 if warpgroups > 2 or full else (3 if width <= 16 else 2)
         row_blocks = _ceil(layout.rows, 64 * warpgroups)
         for cluster in (1, 2, 4, 8):
             if cluster > 1 and cluster * 2 > slices:
