@@ -409,6 +409,7 @@ def bench_kernel(
     group_size: Annotated[str, typer.Option(help="Inputs per group, by comma.")] = "128",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     peers: Annotated[str, typer.Option(help="all, none, or names by comma.")] = "all",
+    plot: Annotated[Path | None, typer.Option(help="Draw the speeds into this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time the kernels beside dense and every installed peer, in one run."""
@@ -424,6 +425,10 @@ def bench_kernel(
         bits=_integers("--bits", bits or ("4,8" if kind == "flat" else "2,3,4"), 1, 8),
         group_sizes=group_sizes, threads=threads, peers=peers, kind=kind,
     )  # fmt: skip
+    if plot is not None:
+        from lutra.bench.kernel_plot import plot as draw
+
+        draw(result["rows"], plot)
     if as_json:
         _print_json(result)
         return
