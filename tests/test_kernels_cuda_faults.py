@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lutra.kernels.cuda as cuda
+from lutra import cli
 from lutra.errors import KernelError, ResourceError
 from lutra.formats.bitplanes import BitPlanes
 from lutra.kernels import dispatch
@@ -45,6 +46,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_without_a_gpu_there_are_no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.kernels() == []
+
+
+@pytest.mark.parametrize("kind", ["planes", "flat"])
+def test_the_command_line_says_that_there_is_no_gpu(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["lutra", "bench", "kernel", "--device", "cuda:3",
+                                      "--kind", kind])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "there is no device cuda:3" in said and "Traceback" not in said
 
 
 def test_a_cpu_layer_says_why_the_gpu_is_passed_over(

@@ -38,6 +38,7 @@ def run(
 
     Raises:
         KernelError: a device or kind that there is no bench for.
+        LutraError: a device that is not there.
     """
     family = device.split(":")[0]
     if kind not in ("planes", "flat"):
@@ -54,7 +55,9 @@ def run(
         import torch
 
         from lutra.bench import cuda
+        from lutra.evaluate.load import check_device
 
+        check_device(device)
         names = peers.split(",") if isinstance(peers, str) else list(peers)
         wanted = True if "all" in names else [n for n in names if n and n != "none"]
         with torch.cuda.device(device):
