@@ -88,7 +88,8 @@ class Subject:
         ).ids_WL  # fmt: skip
         with torch.no_grad():
             self.logits = [self._logits(self.model, ids) for ids in self.ids_WL.split(1)]
-        nll = [token_nll(x, ids) for x, ids in zip(self.logits, self.ids_WL.split(1), strict=True)]
+        windows = self.ids_WL.to(self.model.device).split(1)
+        nll = [token_nll(x, ids) for x, ids in zip(self.logits, windows, strict=True)]
         self.perplexity = math.exp(float(torch.cat(nll).mean()))
         blocks = self.model.get_submodule(self.architecture.blocks)
         self.linears = {
@@ -112,7 +113,7 @@ class Subject:
         with torch.no_grad():
             for ids, original in zip(self.ids_WL.split(1), self.logits, strict=True):
                 logits = self._logits(model, ids)
-                nll.append(token_nll(logits, ids))
+                nll.append(token_nll(logits, ids.to(logits.device)))
                 kl.append(divergence(original, logits)[0])
         return {
             "perplexity": math.exp(min(float(torch.cat(nll).mean()), 700.0)),
@@ -177,7 +178,7 @@ def simulate(subject: Subject, row: str, seed: int, alpha: float) -> dict[str, f
                 i = name.split(".")[0]
                 together = torch.stack(
                     [subject.linears[f"{i}.{p}"].weight.abs().amax(0) for p in behind_norm[0]]
-                )
+                ).detach()
                 scale = smoothing_scale(maxima[name], together.amax(0), alpha)
                 weight, largest = weight * scale, maxima[name] / scale
         turn = subject.rotation(weight.shape[1]) if rotated else None

@@ -248,6 +248,28 @@ def test_quantize_load_save_and_inspect(family, layers, tiny_model, text_file, t
     assert {"rung", "growth", "threshold", "clipped_weights", "kl", "kernel"} <= listed[0].keys()
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_head_in_eight_bits(family, tiny_model, text_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source = tiny_model(family, dtype=torch.float32)
+    report = quantize(
+        source, tmp_path / "out", method="flattenquant", calibration=text_file, **SMALL,
+        options={**FAST, "layers": "int8"}, lm_head_bits=8,
+    )  # fmt: skip
+    assert report["layers"]["lm_head"]["format"] == "flat8"
+    assert report["layers"]["lm_head"]["error"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert isinstance(model.get_output_embeddings(), FlatLinear)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    ids = torch.randint(1, 257, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, wanted = model(ids).logits, original(ids).logits
+    error = (logits - wanted).square().sum() / (wanted - wanted.mean()).square().sum()
+    assert error < 2e-3
+
+
 def test_an_interrupted_run_gives_the_same_bytes(tiny_model, text_file, tmp_path):
     source = tiny_model("llama")
     settings = dict(
@@ -271,7 +293,14 @@ def test_an_interrupted_run_gives_the_same_bytes(tiny_model, text_file, tmp_path
 
 
 @pytest.mark.parametrize(
-    "options", [{"static": True}, {"inputs": "int8"}, {"layers": "int4"}, {"growth": 0.0}]
+    "options",
+    [
+        {"static": True, "weight_scale": "tensor"},
+        {"inputs": "int8"},
+        {"layers": "int4", "rotate": "hadamard", "growth": 0.25, "tile": 16},
+        {"growth": 0.0, "smooth": None},
+        {"budget": 0},
+    ],
 )
 def test_options_reach_the_file(options, tiny_model, text_file, tmp_path):
     source = tiny_model("llama", dtype=torch.float32)
@@ -280,11 +309,22 @@ def test_options_reach_the_file(options, tiny_model, text_file, tmp_path):
         options={**FAST, **options},
     )  # fmt: skip
     formats = {f["format"] for f in report["layers"].values() if f["format"]}
+    if options.get("budget") == 0:  # nothing is exact, so nothing is quantized, and it says so
+        assert not formats and {f["rung"] for f in report["layers"].values()} == {"16 bit"}
+        assert all(
+            layer["rung"] == "16 bit" for layer in inspect_checkpoint(tmp_path / "out")["layers"]
+        )
+        return
     assert formats
     if options.get("static"):
         assert all("static" in f for f in formats)
     if options.get("layers") == "int4":
         assert all(f.startswith("flat4") for f in formats)
+    if options.get("weight_scale") == "tensor":
+        for name, facts in report["layers"].items():
+            if facts["format"]:
+                checkpoint = SourceCheckpoint.open(tmp_path / "out", quantized=True)
+                assert len(checkpoint.tensor(f"{name}.weight_scale").unique()) == 1
     result = lutra.evaluate(tmp_path / "out", text=text_file, max_windows=2, seq_len=64)
     assert math.isfinite(result["perplexity"])
 

@@ -97,7 +97,8 @@ class Options:
         smooth: ``fold`` (where the layer before can take the scale up) or ``none``.
         rotate: ``none``, or ``hadamard``: 4-bit inputs may be rotated in blocks, but for the
             largest channels, where that lowers the error. Costs a pass over the inputs at run time.
-        weight_scale: ``channel`` (one for each output) or ``tensor``.
+        weight_scale: ``channel`` (one for each output) or ``tensor``; then only norms take the
+            scale of smoothing up.
         scheme: ``digits`` or ``unary``, how wide channels are paid for.
         tile: columns are counted in whole tiles of so many.
         compensate: whether weights answer for the rounding of the inputs.
@@ -310,6 +311,8 @@ def solve_group(
     shape = replace(block.architecture, transposed=False)
     site = fold_site_of(group, shape) if options.smooth == "fold" else None
     norm = None
+    if site is not None and site.source in block.weights and options.weight_scale == "tensor":
+        site = None  # taking the scale up would give the source's rows scales of their own
     if site is not None and site.source not in block.weights:
         norm = block.parameters.get(f"{site.source}.weight")
         if norm is None:
@@ -323,6 +326,30 @@ def solve_group(
         candidate = _solve(shared, rung, solved[-1] if solved else None)
         solved.append(candidate)
     return solved
+
+
+HEAD_ROWS = 4096
+
+
+def solve_head(head_OI: Tensor) -> FlatWeight:
+    """The head at 8 bits, to nearest, with a step for each token: no channel is made wide.
+
+    Args:
+        head_OI: in any float dtype, on any device.
+    """
+    limit_I = torch.full((head_OI.shape[1],), largest_digit(8), device=head_OI.device)
+    digits, scales = [], []
+    for part_OI in head_OI.split(HEAD_ROWS):
+        part_OI = part_OI.float()
+        scale_O = _row_scales(part_OI, limit_I, torch.ones_like(part_OI[0]), None)
+        wide_OI = (part_OI / scale_O[:, None]).round_().clamp_(-limit_I, limit_I)
+        packed = FlatWeight.pack(wide_OI, scale_O, limit_I, 8)
+        digits.append(packed.digits)
+        scales.append(packed.scale)
+    return FlatWeight(
+        torch.cat(digits, dim=1), torch.cat(scales), packed.limit, packed.source, 8,
+        head_OI.shape[1],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ from lutra.methods.flattenquant import (
     ladder,
     shares,
     solve_group,
+    solve_head,
 )
+from lutra.nn_flat import FlatLinear
 from lutra.runner.allocator import keep_freed_blocks
 from lutra.runner.walk import REPORT_NAME, Progress, _Walk
 from lutra.scheme import Format, Scheme
@@ -78,9 +80,10 @@ class ModelWalk(_Walk):
     """A run of ``flattenquant``. See the module's docstring."""
 
     def run(self, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
-        if self.head_format is not None:
+        if self.head_format is not None and self.head_format.bits != 8:
             raise SchemeError(
-                f"method {self.method.name} leaves the head as it is; leave --lm-head-bits out"
+                f"method {self.method.name} stores the head in 8 bits or as it is: use "
+                "--lm-head-bits 8, or leave it out"
             )
         keep_freed_blocks()
         blocks = len(self.streamed.blocks)
@@ -94,6 +97,7 @@ class ModelWalk(_Walk):
                 Progress(i, total, f"block {i + 1} of {blocks}: ranges and rounding")
             ))  # fmt: skip
             on_progress(Progress(blocks, total, "choosing 4 or 8 bits for each layer"))
+            self.head_weight = self._solve_head()
             decision = self._decide(output, units)
             for meta in output.done_keys().values():
                 self._remember(meta)
@@ -106,6 +110,10 @@ class ModelWalk(_Walk):
                 output.write_shard(f"block {index}", tensors, meta)
                 self._remember(meta)
             on_progress(Progress(total - 1, total, "embeddings, norms and head"))
+            if self.head_weight is not None and "head" not in output.done_keys():
+                tensors, meta = self._head_shard(self.head_weight)
+                output.write_shard("head", tensors, meta)
+                self._remember(meta)
             if "rest" not in output.done_keys():
                 rest = {n: self.checkpoint.deferred(n) for n in self._rest()}
                 output.write_shard("rest", rest, {"layers": [], "exceptions": {}})
@@ -309,12 +317,15 @@ class ModelWalk(_Walk):
             output.save_state("original", state)
         return state["hidden"]
 
-    def _compare(self, hidden_NTD: Tensor, stride: int = 1) -> dict[str, float]:
+    def _compare(
+        self, hidden_NTD: Tensor, stride: int = 1, head: FlatLinear | None = None
+    ) -> dict[str, float]:
         """KL divergence and perplexities of the first windows, whose last hidden state is given.
 
         Args:
             hidden_NTD: behind the last block, for as many windows as it has.
             stride: only every so many predictions are looked at.
+            head: the head of the quantized model, if it is another than the original's.
         """
         divergence = torch.zeros((), dtype=torch.float64)
         nll = {"original": divergence.clone(), "quantized": divergence.clone()}
@@ -325,7 +336,7 @@ class ModelWalk(_Walk):
             start = 0
             for original in self._original_parts(sample, stride):
                 stop = start + len(original.logits_TV)
-                logits_TV = self._logits(hidden_TD[start:stop])
+                logits_TV = self._logits(hidden_TD[start:stop], head)
                 lse_T = logits_TV.logsumexp(-1)
                 wanted_T1 = targets[start:stop, None]
                 nll["original"] += _nll(original.logits_TV, original.lse_T, wanted_T1)
@@ -343,8 +354,11 @@ class ModelWalk(_Walk):
             "tokens": tokens,
         }
 
-    def _logits(self, hidden_TD: Tensor) -> Tensor:
+    def _logits(self, hidden_TD: Tensor, head: FlatLinear | None = None) -> Tensor:
         finished_1TD = self.streamed.finish(hidden_TD[None].to(self.device))
+        if head is not None:
+            logits_1TV: Tensor = head(finished_1TD.float())
+            return logits_1TV[0]
         return self.streamed.logits(finished_1TD.float(), self._head_tensors)[0].float()
 
     def _original_parts(self, sample: int, stride: int) -> Iterator[_Predictions]:
@@ -400,7 +414,11 @@ class ModelWalk(_Walk):
             with self.streamed.loaded(self.streamed.block_path(index)), self._patched(index, patch):
                 self._forward(index, hidden_NTD)
         with self._head():
-            return self._compare(hidden_NTD)
+            head = None
+            if self.head_weight is not None:
+                bias = self._head_tensors.get("bias")
+                head = FlatLinear.from_weight(self.head_weight, bias)
+            return self._compare(hidden_NTD, head=head)
 
     def _chosen(
         self, output: OutputFolder, index: int, units: Sequence[Unit], rungs: Sequence[int]
@@ -520,6 +538,39 @@ class ModelWalk(_Walk):
             result[stored] = tensors[name].to("cpu", before.dtype).contiguous()
         return result, meta
 
+    def _solve_head(self) -> FlatWeight | None:
+        """The head in 8 bits, if that is asked for; its tensor in the source is then replaced."""
+        if self.head_format is None:
+            return None
+        name = f"{self.head}.weight"
+        if not self.checkpoint.tied_head:
+            stored = self.checkpoint.resolve(name)
+            assert stored is not None
+            self.consumed.add(stored)
+        shape = tuple(self.streamed.model.get_parameter(name).shape)
+        return solve_head(self.streamed.read(name, shape).to(self.device))
+
+    def _head_shard(self, weight: FlatWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        name = f"{self.head}.weight"
+        shape = tuple(self.streamed.model.get_parameter(name).shape)
+        head_OI = self.streamed.read(name, shape)
+        wrong = signal = 0.0
+        dense_OI = weight.unpack().cpu()
+        for exact_OI, packed_OI in zip(head_OI.split(4096), dense_OI.split(4096), strict=True):
+            wrong += float((packed_OI - exact_OI.float()).square().sum())
+            signal += float(exact_OI.float().square().sum())
+        record = {
+            "name": self.head,
+            "in_features": weight.in_features,
+            "out_features": weight.out_features,
+            "format": str(flat_format(weight)),
+            "bits_per_weight": weight.bits_per_weight(),
+            "error": wrong / max(signal, 1e-30),
+            "error_of": "weight",
+        }
+        tensors = {f"{self.head}.{k}": t.cpu().contiguous() for k, t in weight.tensors().items()}
+        return tensors, {"layers": [record], "exceptions": {}}
+
     # ---- the record
 
     def _report_of(self, units: list[Unit], decision: Decision) -> dict[str, Any]:
@@ -554,8 +605,10 @@ class ModelWalk(_Walk):
             name = layer["format"]
             rules.append((layer["name"], None if name is None else Format.parse(name)))
         rules.append((f"{self.architecture.blocks}.*", None))
-        rules.append((self.head, None))
+        rules.append((self.head, self.head_format))
         config = dict(self.checkpoint.config)
+        if self.head_format is not None:
+            config["tie_word_embeddings"] = False
         kept = ("method", "options", "seed", "calibration", "calibration_cost", "versions")
         facts = {key: report[key] for key in (*kept, "choice")}
         facts["layers"] = report["layers"]
