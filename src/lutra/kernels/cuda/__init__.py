@@ -77,7 +77,7 @@ class CudaKernel(Kernel):
         self, spec: LinearSpec, tokens: Iterable[int], scale: torch.dtype = torch.float16,
         gpu: Card | None = None,
     ) -> list[tuple[str, dict[str, int]]]:
-        """Kernel files, with their compile-time parameters, that products of a layer launch.
+        """Kernel files, with their compile-time parameters, that a layer and its products launch.
 
         Args:
             tokens: numbers of tokens.
@@ -85,16 +85,19 @@ class CudaKernel(Kernel):
             gpu: the card; default: that of the layer. Another needs not be there.
         """
         from lutra.kernels.cuda.layout import layout_for
-        from lutra.kernels.cuda.products import plan_instances
+        from lutra.kernels.cuda.plans import code_plans, has_steps
+        from lutra.kernels.cuda.products import format_defines, plan_instances
         from lutra.kernels.cuda.tuning import choose
 
         layout, gpu = layout_for(spec), gpu or _card(spec)
         plans = {choose(layout, spec.uniform, scale.itemsize, n, gpu)[0] for n in tokens}
-        found = {}
+        needed = [("dequantize", format_defines(layout, spec.uniform, scale, spec.dtype))]
+        if has_steps(layout, spec.uniform) and scale == torch.float16:
+            if code_plans(layout, spec.uniform, scale.itemsize, 64, gpu):  # see add_steps
+                needed.append(("steps", format_defines(layout, spec.uniform, scale, scale)))
         for plan in plans:
-            for name, defines in plan_instances(plan, layout, spec.uniform, scale, spec.dtype):
-                found[name, *sorted(defines.items())] = name, defines
-        return list(found.values())
+            needed += plan_instances(plan, layout, spec.uniform, scale, spec.dtype)
+        return list({(n, *sorted(d.items())): (n, d) for n, d in needed}.values())
 
     def warm_up(
         self, spec: LinearSpec, tokens: Sequence[int], scale: torch.dtype = torch.float16
