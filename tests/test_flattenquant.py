@@ -154,6 +154,15 @@ def test_wrong_options(options, words):
         get_method("flattenquant").parse_options(options)
 
 
+def test_none_on_the_command_line_is_a_word_for_options_that_are_words():
+    from lutra.scheme import options_from_strings
+
+    options = get_method("flattenquant").parse_options(
+        options_from_strings({"smooth": "none", "rotate": "none"})
+    )
+    assert (options.smooth, options.rotate) == ("none", "none")
+
+
 # ---- the choice
 
 

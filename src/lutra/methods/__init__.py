@@ -145,6 +145,7 @@ class Method:
                 value out of range.
         """
         known = {f.name: f for f in fields(self.options)}
+        given = dict(values)
         for key, value in values.items():
             if key not in known:
                 near = get_close_matches(key, known, n=1)
@@ -154,6 +155,8 @@ class Method:
                     f"It has: {', '.join(sorted(known)) or 'none'}"
                 )
             default = known[key].default
+            if value is None and isinstance(default, str):
+                given[key] = value = "none"  # which the command line reads as None
             accepted = (int, float) if isinstance(default, float) else type(default)
             if not isinstance(value, accepted) or (
                 isinstance(value, bool) and not isinstance(default, bool)
@@ -162,7 +165,7 @@ class Method:
                     f"option {key} of method {self.name} takes a "
                     f"{type(default).__name__}, such as {default!r}, not {value!r}"
                 )
-        return self.options(**values)
+        return self.options(**given)
 
 
 F = TypeVar("F", bound=Callable[..., Any])

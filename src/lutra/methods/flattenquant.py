@@ -124,8 +124,6 @@ class Options:
 
     def __post_init__(self) -> None:
         name = "flattenquant"
-        for option in ("smooth", "rotate"):  # "none" on the command line reads as None
-            object.__setattr__(self, option, getattr(self, option) or "none")
         check_range(name, "growth", self.growth, 0, 4)
         check_range(name, "budget", self.budget, 0, 10)
         check_range(name, "tile", self.tile, 1, 4096)
