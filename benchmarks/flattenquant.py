@@ -16,6 +16,11 @@ with and are no methods of the package:
 ``flattenquant`` is the method as ``lutra quantize`` runs it, the result loaded and evaluated as any
 checkpoint; options go behind a colon, such as ``flattenquant:static=true:growth=0.25``. Rows that
 stand in the output file already are kept.
+
+    python benchmarks/flattenquant.py --table OUT.json --rows w8a8,smoothquant,flattenquant
+
+prints what the file has as a table: the rise of perplexity, from the least seed to the largest, and
+for ``flattenquant`` the stored bits per weight and the share of 4-bit multiplies.
 """
 
 from __future__ import annotations
@@ -358,16 +363,50 @@ def line(found: dict[str, Any]) -> str:
     return text
 
 
+def span(values: list[float], write: Callable[[float], str]) -> str:
+    """The least and the largest value, or the one that there is."""
+    low, high = write(min(values)), write(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:+.2f} %" if abs(value) < 1 else f"{100 * value:+,.0f} %"
+
+
+def table(results: list[dict[str, Any]], rows: list[str]) -> str:
+    """Markdown: a line for each model, a column for each row."""
+    lines = ["| model | perplexity | " + " | ".join(rows) + " |", "|---" * (len(rows) + 2) + "|"]
+    for name in dict.fromkeys(r["model"] for r in results):
+        cells = []
+        for row in rows:
+            found = [r for r in results if (r["model"], r["row"]) == (name, row)]
+            if not found:
+                cells.append("not run")
+                continue
+            cell = span([r["rise"] for r in found], percent)
+            if row not in WITHOUT_CALIBRATION:
+                cell += f" [{len(found)}]"
+            if "shares" in found[0]:
+                bits = span([r["bits_per_weight"] for r in found], "{:.2f}".format)
+                int4 = span([100 * r["shares"]["int4_multiplies"] for r in found], "{:.0f}".format)
+                cell += f"; {bits} bits, {int4} % INT4"
+            cells.append(cell)
+        perplexity = next(r for r in results if r["model"] == name)["perplexity_reference"]
+        lines.append(f"| {name} | {perplexity:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--table", type=Path, help="print a table of these results and stop")
     parser.add_argument("--name", default="", help="what the model is called in the results")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration")
+    parser.add_argument("--text")
     parser.add_argument("--rows", default=",".join((*BASELINES, "flattenquant")))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--keep", type=Path, help="folder in which quantized models are kept, and taken from"
@@ -376,6 +415,11 @@ def main() -> None:
     parser.add_argument("--surveys", type=Path, help="folder for surveys that budgets share")
     parser.add_argument("--commit", help="of the code, where it does not run from a checkout")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text()), arguments.rows.split(",")))
+        return
+    if not all((arguments.model, arguments.calibration, arguments.text, arguments.out)):
+        parser.error("a model, --calibration, --text and --out are needed")
     subject = Subject(arguments)
     seeds = list(map(int, arguments.seeds.split(",")))
     for seed in seeds:

@@ -66,6 +66,25 @@ def test_a_rotation_is_the_hadamard_matrix_in_blocks_and_its_own_inverse(block: 
     assert torch.equal(half, rotate_inputs(x.bfloat16().float(), rotated).bfloat16())
 
 
+def test_the_format_page_is_enough_to_rotate_inputs():
+    """docs/FORMAT.md, `+had`, followed literally with numpy, bit for bit."""
+    import numpy as np
+
+    rotated = blocks_to_rotate(torch.rand(70), 32)
+    x = torch.randn(5, 70)
+    expected = x.numpy().copy()
+    for row in rotated.numpy():
+        v = x.numpy()[:, row]
+        h = 1
+        while h < 32:
+            for j in range(32):
+                if j // h % 2 == 0:
+                    v[:, j], v[:, j + h] = v[:, j] + v[:, j + h], v[:, j] - v[:, j + h]
+            h *= 2
+        expected[:, row] = v * np.float32(1 / 32**0.5)
+    assert torch.equal(rotate_inputs(x, rotated), torch.from_numpy(expected))
+
+
 def test_the_widest_channels_are_not_rotated():
     size = torch.rand(100)
     size[[7, 50]] = 30.0
@@ -124,6 +143,26 @@ def test_a_rotation_that_does_not_fit_its_layer_is_refused():
             stored.digits, stored.scale, stored.limit, stored.source, 4, 75,
             rotated=stored.rotated[:2],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_every_pair_of_scales_is_the_wide_integer_product(bits, static, per_tensor, tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    most = 2 ** (bits - 1) - 1
+    wide = torch.randint(-2 * most, 2 * most + 1, (19, 83), generator=generator)
+    limit = torch.where(torch.rand(83, generator=generator) < 0.2, (2 * most + 2) * most, most)
+    scale = torch.rand(19, generator=generator) + 0.1
+    if per_tensor:
+        scale = scale[:1].expand(19)
+    step = torch.tensor([0.03]) if static else None
+    weight = FlatWeight.pack(wide, scale, limit, bits, step)
+    x = torch.randn(tokens, 83, generator=generator) * limit / most
+    q, steps = quantize_input(x, weight.limit, step)
+    exact = (q.long() @ wide.T).float() * (steps[:, None] * scale)
+    assert torch.equal(FlatLinear.from_weight(weight)(x), exact)
 
 
 @pytest.mark.parametrize("width", [1, 5, 150])
