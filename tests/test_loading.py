@@ -44,7 +44,7 @@ def _shape(bits: int) -> torch.nn.Module:
         (16, 6e9, "10.06 GB are missing", "with 4 bits per weight or fewer"),
         (4, 4.2e9, "needs 6.14 GB", "with 2 bits"),
         (4, 3.3e9, "needs 6.14 GB", "with 1 bit per"),
-        (4, 2e9, "needs 6.14 GB", "No width fits: what is not quantized needs 2.10 GB"),
+        (4, 2e9, "needs 6.14 GB", "2.10 GB are not quantized"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch, bits, free, missing, advice):

@@ -104,13 +104,12 @@ def widths_that_fit(model: nn.Module, free: int) -> str:
             else:
                 weights += sum(p.numel() for p in own)
     rest = model_bytes(model) - held
-    fitting = [
-        bits for bits in range(8, 0, -1) if rest + weights * (bits + 2 * 16 / 128) / 8 <= free
-    ]
+    needed = {bits: rest + weights * (bits + 2 * 16 / 128) / 8 for bits in range(8, 0, -1)}
+    fitting = [bits for bits, total in needed.items() if total <= free]
     if not fitting:
         return (
-            f"No width fits: what is not quantized needs {rest / 1e9:.2f} GB by itself. "
-            "Use a device with more memory."
+            f"No width fits: with 1 bit per weight it needs {needed[1] / 1e9:.2f} GB, of which "
+            f"{rest / 1e9:.2f} GB are not quantized. Use a device with more memory."
         )
     most = fitting[0]
     return (
@@ -140,15 +139,17 @@ def move(model: Any, device: torch.device) -> Any:
 def prepare_layers(model: Any) -> None:
     """Hand every packed layer to the kernel of the device it is on."""
     from lutra.nn import QuantizedLinear
+    from lutra.nn_flat import FlatLinear
 
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | FlatLinear):
             module.prepare_if_local(model.dtype)
 
 
 def move_and_prepare(model: Any, mover: Any) -> None:
     """Move all tensors of a model, and prepare each layer once the last piece of it was sent."""
     from lutra.nn import QuantizedLinear
+    from lutra.nn_flat import FlatLinear
 
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
@@ -156,7 +157,7 @@ def move_and_prepare(model: Any, mover: Any) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             _move_tensors(tensors, mover, moved)
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | FlatLinear):
             waiting.append((module, mover.submitted))
         while waiting and mover.sent >= waiting[0][1]:
             _prepare_when_whole(waiting.popleft()[0], model.dtype, mover, arrived)
