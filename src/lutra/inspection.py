@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lutra.evaluate.load import DTYPES, choose_dtype, open_checkpoint
 from lutra.evaluate.size import LayerSize, is_quantized, measure_size
 from lutra.formats.checkpoint import SourceCheckpoint, read_quantization_config
 from lutra.kernels.dispatch import LinearSpec, choose
+from lutra.kernels.flat import FlatSpec
 from lutra.kernels.flat import choose as choose_flat
 from lutra.methods import methods
 from lutra.nn_flat import spec_of
@@ -38,6 +39,15 @@ class Product:
     format: Format
     out_features: int
     in_features: int
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether weights and inputs are flattened integers, which have kernels of their own."""
+        return self.format.kind == "flat"
+
+    def flat_spec(self, device: torch.device, dtype: torch.dtype) -> FlatSpec:
+        """What a kernel of flattened integers is told."""
+        return spec_of(self.format, self.out_features, self.in_features, device, dtype)
 
     def spec(self, device: torch.device, dtype: torch.dtype, bits: int | None = None) -> LinearSpec:
         """What a kernel is told, with ``bits`` planes served."""
@@ -76,11 +86,11 @@ def checkpoint_products(folder: str | Path) -> tuple[SourceCheckpoint, list[Prod
     products: list[Product] = []
     seen: set[str] = set()
     for name in layers:
-        if name in seen or _is_flat(scheme.format_of(name)):
+        if name in seen:
             continue
         siblings = _siblings_of(name, groups, layers)
         kinds = {
-            (str(scheme.format_of(n)), layers[n].in_features, f"{n}.bias" in checkpoint)
+            (_without_extra(scheme.format_of(n)), layers[n].in_features, f"{n}.bias" in checkpoint)
             for n in siblings
         }
         together = siblings if len(kinds) == 1 else (name,)
@@ -92,9 +102,13 @@ def checkpoint_products(folder: str | Path) -> tuple[SourceCheckpoint, list[Prod
     return checkpoint, products
 
 
-def _is_flat(format: Format | None) -> bool:
-    """Whether a layer has kernels of its own kind, which need no programs made ready."""
-    return format is not None and format.kind == "flat"
+def _without_extra(format: Format | None) -> str:
+    """A format, but for the further columns that flattened siblings may have a different number of.
+
+    What else must be the same to join them is in the tensors, which nobody reads here.
+    """
+    assert format is not None
+    return str(replace(format, extra=0) if format.kind == "flat" else format)
 
 
 def _siblings_of(
@@ -160,9 +174,7 @@ def inspect_checkpoint(
             choice = choose(spec)
         if kernels and layer.name in products:
             product = products[layer.name]
-            joint = product.spec(torch.device(device), DTYPES[dtype])
-            runs = choose(joint).kernel
-            described = [(n, *runs.describe(joint, n, product.scale_dtype)) for n in BATCHES]
+            described = _described(product, torch.device(device), DTYPES[dtype])
             entry["runs_with"] = list(product.names)
             entry["batches"] = [
                 {"tokens": n, "program": program, "reason": why} for n, program, why in described
@@ -179,6 +191,8 @@ def inspect_checkpoint(
             }
         )
     recipe = checkpoint.config["quantization_config"]
+    layers += _left_as_they_were(checkpoint, {layer["name"] for layer in layers})
+    layers.sort(key=lambda layer: layer["name"])
     return {
         "layers": layers,
         "bits_per_weight": size.bits_per_weight,
@@ -187,11 +201,47 @@ def inspect_checkpoint(
     }
 
 
+def _described(
+    product: Product, device: torch.device, dtype: torch.dtype
+) -> list[tuple[int, str, str]]:
+    """Program and reason by number of tokens."""
+    if product.is_flat:
+        flat = product.flat_spec(device, dtype)
+        kernel = choose_flat(flat).kernel
+        return [(n, *kernel.describe(flat, n)) for n in BATCHES]
+    spec = product.spec(device, dtype)
+    runs = choose(spec).kernel
+    return [(n, *runs.describe(spec, n, product.scale_dtype)) for n in BATCHES]
+
+
 #: What `lutra inspect` shows of each layer that a method chose bits for.
 CHOSEN = (
-    "rung", "growth", "alpha", "threshold", "wide_channels", "wide_weights", "clipped_inputs",
+    "rung", "growth", "alpha", "rotated", "threshold", "wide_channels", "wide_weights", "clipped_inputs",
     "clipped_weights", "kl",
 )  # fmt: skip
+
+
+def _left_as_they_were(checkpoint: SourceCheckpoint, listed: set[str]) -> list[dict[str, Any]]:
+    """Layers that a method looked at and left in their own dtype."""
+    recorded = checkpoint.config["quantization_config"].get("layers")
+    left = []
+    for name, facts in recorded.items() if isinstance(recorded, dict) else ():
+        stored = checkpoint.resolve(f"{name}.weight")
+        if name in listed or stored is None or not isinstance(facts, dict):
+            continue
+        shape = checkpoint.shape(stored)
+        left.append(
+            {
+                "name": name,
+                "format": str(checkpoint.dtype(stored)).removeprefix("torch."),
+                "bits_per_weight": 8.0 * checkpoint.dtype(stored).itemsize,
+                "kernel": "torch",
+                "reason": "not quantized",
+                "shape": "x".join(map(str, shape)),
+                **_choice_of(checkpoint, name),
+            }
+        )
+    return left
 
 
 def _choice_of(checkpoint: SourceCheckpoint, layer: str) -> dict[str, Any]:

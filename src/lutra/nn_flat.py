@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from lutra.formats.flat import FlatWeight, rotate_inputs
 from lutra.formats.layers import flat_format, stored_tensor_shapes
 from lutra.kernels.dispatch import Choice
-from lutra.kernels.flat import FlatSpec, choose
+from lutra.kernels.flat import FlatKernel, FlatSpec, choose
+from lutra.kernels.flat.before import Before
+from lutra.kernels.flat.deferred import Deferred
 from lutra.scheme import Format
+from lutra.siblings import Siblings
 
 
 class FlatLinear(nn.Module):
@@ -20,7 +23,9 @@ class FlatLinear(nn.Module):
 
     The parameters carry the names and shapes of the checkpoint. :meth:`prepare` hands the digits to
     the kernel of the device, in the kernel's own layout, and frees them; ``state_dict`` gives the
-    stored form back.
+    stored form back. Layers that read one input may share a product, see
+    :mod:`lutra.siblings_flat`; an input may bring along the norm or activation that is still to be
+    computed of it, see :mod:`lutra.kernels.flat.deferred`.
 
     Args:
         in_features, out_features: shape of the layer.
@@ -65,6 +70,9 @@ class FlatLinear(nn.Module):
         self._choice: Choice | None = None
         self._spec: FlatSpec | None = None
         self._prepared: list[Tensor] = []
+        self.siblings: Siblings | None = None
+        self._place = 0
+        self._is_joined = False
 
     @classmethod
     def from_weight(cls, weight: FlatWeight, bias: Tensor | None = None) -> FlatLinear:
@@ -92,9 +100,22 @@ class FlatLinear(nn.Module):
         """The kernel in use and the reason for it; None before :meth:`prepare`."""
         return self._choice
 
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the weight lies, in whichever form."""
+        return self.weight_scale.device
+
+    def input_tensors(self) -> list[Tensor]:
+        """The stored tensors that say how inputs become integers."""
+        named = (self.input_limit, self.input_step, self.input_smooth, self.input_rotated)
+        return [tensor.data for tensor in named if tensor is not None]
+
     def prepare(self, dtype: torch.dtype) -> Choice:
         """Choose the kernel for activations of ``dtype`` and give it the weight in its layout."""
-        self._release()
+        if self.siblings is not None and self.siblings.prepare(dtype):
+            assert self._choice is not None
+            return self._choice
+        self.release()
         weight = self.stored()
         self._spec = spec_of(
             self.format, self.out_features, self.in_features, weight.digits.device, dtype
@@ -106,29 +127,74 @@ class FlatLinear(nn.Module):
         return self._choice
 
     def prepare_if_local(self, dtype: torch.dtype) -> None:
-        """:meth:`prepare`, unless tensor parallelism has sharded the weight."""
+        """:meth:`prepare`, unless that is done or tensor parallelism has sharded the weight."""
         weight = self._parameters["weight"]
-        if weight is not None and not weight.is_meta and not hasattr(weight, "to_local"):
+        if self._choice is not None or weight is None:
+            return
+        if not weight.is_meta and not hasattr(weight, "to_local"):
             self.prepare(dtype)
+
+    def prepared_tensors(self) -> list[Tensor]:
+        """What the kernel reads: the layer's own tensors, or those of its group."""
+        if self._is_joined:
+            assert self.siblings is not None
+            return self.siblings.prepared
+        return self._prepared
 
     def _digits(self) -> Tensor:
         if self._parameters["weight"] is not None:
             return self._parameters["weight"].data
+        if self._is_joined:
+            assert self.siblings is not None
+            joint: Tensor = self.siblings.stored(self._place)
+            return joint
         assert self._choice is not None and self._spec is not None
         digits: Tensor = self._choice.kernel.restore(self._prepared, self._spec)
         return digits
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Back to stored parameters, before the device or dtype changes."""
+        if self._is_joined:
+            assert self.siblings is not None
+            self.siblings.release()
         if self._choice is None:
             return
         self._parameters["weight"] = nn.Parameter(self._digits(), requires_grad=False)
         self._choice, self._spec, self._prepared = None, None, []
 
+    # ---- called by the group
+
+    def enter_siblings(self, siblings: Siblings, place: int) -> None:
+        """Become a member of a group, whose rows from some place on are this layer's."""
+        self.siblings, self._place = siblings, place
+        siblings.enter(self, place)
+
+    def joined(self, choice: Choice, spec: FlatSpec) -> None:
+        """The group holds the weight now, and multiplies it with ``choice``."""
+        self._choice, self._spec, self._is_joined = choice, spec, True
+        self._parameters["weight"] = None
+
+    @property
+    def gave_up_weight(self) -> bool:
+        """Whether only the prepared form of the weight is held."""
+        return self._parameters["weight"] is None
+
+    def parted(self, digits: Tensor | None) -> None:
+        """The group ends and gives the digits back; None if this layer has kept its own."""
+        if digits is not None:
+            self._parameters["weight"] = nn.Parameter(digits, requires_grad=False)
+        self._choice, self._spec, self._is_joined = None, None, False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.siblings is not None:  # a copy of the group, which a copied layer enters itself
+            self.siblings.enter(self, self._place)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlatLinear:
-        self._release()
-        kept = {n: self._parameters[n] for n in self._stored_names}
-        before = {n: None if p is None else p.data for n, p in kept.items()}
+        if not self._is_kept_by(fn):
+            self.release()
+        names = [n for n in self._stored_names if n != "weight"]
+        before = {n: None if p is None else p.data for n in names for p in [self._parameters[n]]}
         super()._apply(fn, recurse)
         for name, tensor in before.items():  # .half() and .to(dtype) must not round the scales
             after = self._parameters[name]
@@ -137,29 +203,72 @@ class FlatLinear(nn.Module):
                 self._parameters[name] = nn.Parameter(moved, requires_grad=False)
         return self
 
+    def _is_kept_by(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether ``fn`` leaves the weight and the bias as they are, as ``.to("cpu")`` mostly does.
+
+        Preparing a weight takes as long as reading it, so it is not done again without need.
+        """
+        dtypes = [torch.int32] if self.bias is None else [torch.int32, self.bias.dtype]
+        probes = [torch.empty(0, dtype=dtype, device=self.weight_device) for dtype in dtypes]
+        return all(fn(probe) is probe for probe in probes)
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self._digits()
+        if self._is_joined and self.bias is not None and not keep_vars:
+            # It is a part of a larger tensor, and what is saved must not share memory.
+            destination[prefix + "bias"] = self.bias.detach().clone()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._release()
+        self.release()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def reads(self, before: Before, dtype: torch.dtype) -> bool:
+        """Whether the layer's kernel computes ``before`` on the way to integers of its input."""
+        if self._choice is None or self._spec is None or self._spec.dtype != dtype:
+            return False
+        reads: bool = not self.format.rotated and self._choice.kernel.reads(before, self._spec)
+        return reads
 
     def forward(self, x: Tensor) -> Tensor:
         if self._choice is None or (self._spec is not None and self._spec.dtype != x.dtype):
             self.prepare(x.dtype)
+        if self._is_joined:
+            assert self.siblings is not None
+            if self.siblings.usable():
+                return self.siblings.multiply(x, self._place)
+            self.prepare(x.dtype)
         assert self._choice is not None and self._spec is not None
-        if self.input_rotated is not None:
-            x = rotate_inputs(x, self.input_rotated)
-        y: Tensor = self._choice.kernel.linear(x, self._prepared, self.bias, self._spec)
-        return y
+        return product(
+            x, self._choice.kernel, self._prepared, self.bias, self._spec, self.input_rotated
+        )
 
     def extra_repr(self) -> str:
         kernel = self._choice.kernel.name if self._choice else "not prepared"
         bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, {self.format}, {bias=}, kernel={kernel}"
+        shown = f"{self.in_features}, {self.out_features}, {self.format}, {bias=}, kernel={kernel}"
+        if self.siblings is None:
+            return shown
+        if self._is_joined:
+            others = [n for i, n in enumerate(self.siblings.names) if i != self._place]
+            return f"{shown}, one product with {' and '.join(others)}"
+        return f"{shown}, alone: {self.siblings.apart}" if self.siblings.apart else shown
+
+
+def product(
+    x: Tensor, kernel: FlatKernel, prepared: list[Tensor], bias: Tensor | None, spec: FlatSpec,
+    rotated: Tensor | None = None,
+) -> Tensor:
+    """A layer, or several as one, of an input that may bring along what comes before the layer."""
+    if rotated is not None:
+        x = rotate_inputs(x.value() if isinstance(x, Deferred) else x, rotated)
+    if isinstance(x, Deferred):
+        if not x.is_computed and kernel.reads(x.before, spec):
+            return kernel.linear_of(x.source, x.before, prepared, bias, spec)
+        x = x.value()
+    return kernel.linear(x, prepared, bias, spec)
 
 
 def spec_of(

@@ -26,6 +26,7 @@ from lutra.kernels.dispatch import Choice, LinearSpec, choose
 
 if TYPE_CHECKING:
     from lutra.nn import QuantizedLinear
+    from lutra.nn_flat import FlatLinear
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,17 @@ class Siblings:
         names: what to call them, in messages.
     """
 
-    def __init__(self, members: Sequence[QuantizedLinear], names: Sequence[str]) -> None:
+    def __init__(
+        self, members: Sequence[QuantizedLinear | FlatLinear], names: Sequence[str]
+    ) -> None:
         self.names = tuple(names)
         self.apart: str | None = None
         self.choice: Choice | None = None
-        self.spec: LinearSpec | None = None
+        self.spec: Any = None  # LinearSpec, or that of another kind of layer
         self.prepared: list[Tensor] = []
         self.bias: Tensor | None = None
         self._ends: list[int] = []
-        self._members: list[weakref.ref[QuantizedLinear] | None] = [None] * len(members)
+        self._members: list[weakref.ref[Any] | None] = [None] * len(members)
         self._is_copy = False
         self._held: _Held | None = None
         self._traced: tuple[Tensor, Tensor, set[int]] | None = None
@@ -64,10 +67,10 @@ class Siblings:
             "_members": members, "_is_copy": True, "_held": None, "_traced": None,
         }  # fmt: skip
 
-    def enter(self, member: QuantizedLinear, place: int) -> None:
+    def enter(self, member: QuantizedLinear | FlatLinear, place: int) -> None:
         self._members[place] = weakref.ref(member)
 
-    def members(self) -> list[QuantizedLinear | None]:
+    def members(self) -> list[Any]:
         """The layers, in the order of their rows; None for one that does not exist any more."""
         return [None if ref is None else ref() for ref in self._members]
 
@@ -86,19 +89,17 @@ class Siblings:
             False if the members have to go on alone; :attr:`apart` says why.
         """
         members = self.members()
-        self.apart = _why_apart(members, self.names)
+        self.apart = self._why_apart(members)
         if self.apart is not None:
             logger.debug("%s run apart: %s", ", ".join(self.names), self.apart)
             return False
         layers = [m for m in members if m is not None]
         for layer in layers:
             layer.release()
-        weights = [layer.bitplanes() for layer in layers]
-        rows = [w.out_features for w in weights]
+        rows = [layer.out_features for layer in layers]
         self._ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-        self.spec = replace(LinearSpec.of(weights[0], dtype), out_features=sum(rows))
-        self.choice = choose(self.spec)
-        self.prepared = self.choice.kernel.prepare_joint(weights, self.spec)
+        self._join(layers, dtype)
+        assert self.choice is not None and self.spec is not None
         self.bias = None
         biases = [layer.bias for layer in layers]
         if all(bias is not None for bias in biases):
@@ -110,7 +111,18 @@ class Siblings:
             layer.joined(self.choice, self.spec)
         return True
 
-    def stored(self, place: int) -> BitPlanes:
+    def _why_apart(self, members: Sequence[Any]) -> str | None:
+        """Why the members can not be multiplied as one, in words, or None."""
+        return _why_apart(members, self.names)
+
+    def _join(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        """Choose the kernel of all layers together and give it their weights, row after row."""
+        weights = [layer.bitplanes() for layer in layers]
+        self.spec = replace(LinearSpec.of(weights[0], dtype), out_features=self._ends[-1])
+        self.choice = choose(self.spec)
+        self.prepared = self.choice.kernel.prepare_joint(weights, self.spec)
+
+    def stored(self, place: int) -> Any:
         """The weight of one member, restored from the joint one into memory of its own."""
         assert self.choice is not None and self.spec is not None
         return self._cut(self.choice.kernel.restore(self.prepared, self.spec), place)
@@ -120,7 +132,7 @@ class Siblings:
         if self.choice is None or self.spec is None:
             return
         members = [m for m in self.members() if m is not None]
-        whole: BitPlanes | None = None
+        whole: Any = None
         if any(member.gave_up_weight for member in members):
             whole = self.choice.kernel.restore(self.prepared, self.spec)
         self.choice, self.spec, self.prepared, self.bias = None, None, [], None
@@ -134,7 +146,8 @@ class Siblings:
         begin = self._ends[place - 1] if place else 0
         return tensor.narrow(dim, begin, self._ends[place] - begin)
 
-    def _cut(self, whole: BitPlanes, place: int) -> BitPlanes:
+    def _cut(self, whole: Any, place: int) -> Any:
+        """One member's part of what the kernel restored."""
         return BitPlanes(
             self._rows(whole.planes, place, 1).clone(),
             self._rows(whole.scale, place, 1).clone(),
@@ -255,6 +268,8 @@ def join_siblings(model: nn.Module) -> int:
     """
     from lutra.architectures import sibling_groups
     from lutra.nn import QuantizedLinear
+    from lutra.nn_flat import FlatLinear
+    from lutra.siblings_flat import FlatSiblings
 
     config = getattr(model, "config", None)
     groups = sibling_groups(getattr(config, "model_type", None))
@@ -262,10 +277,11 @@ def join_siblings(model: nn.Module) -> int:
     for parent in list(model.modules()) if groups else ():
         for group in groups:
             members = [_at(parent, path) for path in group]
-            layers = [m for m in members if isinstance(m, QuantizedLinear)]
-            if len(layers) == len(group) and all(m.siblings is None for m in layers):
-                Siblings(layers, [path.rpartition(".")[2] for path in group])
-                made += 1
+            for layer, kind in ((QuantizedLinear, Siblings), (FlatLinear, FlatSiblings)):
+                layers = [m for m in members if isinstance(m, layer)]
+                if len(layers) == len(group) and all(m.siblings is None for m in layers):
+                    kind(layers, [path.rpartition(".")[2] for path in group])
+                    made += 1
     return made
 
 

@@ -60,21 +60,32 @@ def warmup(
         SchemeError: a dtype that the kernels do not take.
     """
     from lutra.kernels.cuda import CudaKernel, nvrtc
+    from lutra.kernels.cuda.flat import CudaFlatKernel
+    from lutra.kernels.cuda.flat_products import kind_of
+    from lutra.runtime.flat_inputs import may_read
 
     checkpoint, products = checkpoint_products(folder)
     chosen = _dtype(dtype, checkpoint.config)
     cards, card_name = _cards(device, arch)
     counts = list(tokens) if tokens is not None else _all_tokens()
-    kernel = CudaKernel()
+    kernel, flat = CudaKernel(), CudaFlatKernel()
     needed: dict[tuple[Any, ...], tuple[str, dict[str, int]]] = {}
     layers = []
     for product in products:
         names = set()
-        for spec, scale in product.served(torch.device("cuda", 0), chosen):
-            for gpu in cards:
-                for name, defines in kernel.instances(spec, counts, scale, gpu):
-                    needed[name, *sorted(defines.items())] = name, defines
-                    names.add(name)
+        found: list[tuple[str, dict[str, int]]] = []
+        place = torch.device("cuda", 0)
+        for gpu in cards:
+            if product.is_flat:
+                before = may_read(checkpoint.config, product.names[-1])
+                kinds = [(0, 0), *(kind_of(b) for b in before)]
+                found += flat.instances(product.flat_spec(place, chosen), counts, kinds, gpu)
+            else:
+                for spec, scale in product.served(place, chosen):
+                    found += kernel.instances(spec, counts, scale, gpu)
+        for name, defines in found:
+            needed[name, *sorted(defines.items())] = name, defines
+            names.add(name)
         layers.append({"name": ", ".join(product.names), "kernels": sorted(names)})
 
     target = cards[0].arch

@@ -30,6 +30,7 @@ from lutra.formats.checkpoint import (
 from lutra.formats.shard import read_header
 from lutra.nn import QuantizedLinear
 from lutra.nn_flat import FlatLinear
+from lutra.runtime.flat_inputs import defer
 from lutra.runtime.generation import enable
 from lutra.runtime.loading import is_preparing_later
 from lutra.scheme import Format, Scheme
@@ -91,6 +92,7 @@ class LutraQuantizer(HfQuantizer):
         if not is_preparing_later():
             _own_memory(model)
         join_siblings(model)
+        defer(model)
         for module in model.modules():
             if isinstance(module, QuantizedLinear | FlatLinear) and not is_preparing_later():
                 module.prepare_if_local(model.dtype)

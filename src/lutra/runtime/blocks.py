@@ -28,6 +28,7 @@ from lutra.kernels.cuda.token_step import (
     unsupported,
 )
 from lutra.nn import QuantizedLinear
+from lutra.nn_flat import FlatLinear
 from lutra.runtime.cache import StepCache
 
 
@@ -228,7 +229,7 @@ def _epsilon(norm: Any) -> float:
 def joint_product(layers: tuple[Any, ...], x: Tensor) -> Tensor:
     """``[batch, sum of out_features]``: the results of layers with one input, side by side."""
     first = layers[0]
-    if isinstance(first, QuantizedLinear) and first.siblings is not None:
+    if isinstance(first, QuantizedLinear | FlatLinear) and first.siblings is not None:
         whole = first.siblings.whole(x, layers)
         if whole is not None:
             return whole

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lutra.errors import LutraError
 from lutra.nn import QuantizedLinear
+from lutra.nn_flat import FlatLinear
 from lutra.runtime.blocks import FusedBlocks, why_not_fused
 from lutra.runtime.cache import StepCache
 
@@ -229,6 +230,6 @@ def fingerprint(model: Any) -> tuple[int, ...]:
     held = [t.data_ptr() for t in model.parameters()]
     held += [t.data_ptr() for t in model.buffers()]
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | FlatLinear):
             held += [t.data_ptr() for t in module.prepared_tensors()]
     return tuple(held)

@@ -10,12 +10,20 @@ What multiplies what:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 import lutra.kernels.cuda.flat_ops  # noqa: F401  (registers the ops)
 from lutra.formats.flat import FlatWeight
 from lutra.kernels.flat import FlatKernel, FlatSpec
+from lutra.kernels.flat.before import Before, Norm
+
+if TYPE_CHECKING:
+    from lutra.kernels.cuda.flat_products import Job
+    from lutra.kernels.cuda.launch import Card
 
 
 class CudaFlatKernel(FlatKernel):
@@ -25,8 +33,6 @@ class CudaFlatKernel(FlatKernel):
 
     def supports(self, spec: FlatSpec) -> str | None:
         from lutra.kernels.cuda import unusable
-        from lutra.kernels.cuda.flat_products import max_inputs
-        from lutra.kernels.cuda.launch import card
 
         if spec.device.type != "cuda":
             return f"the weight is on {spec.device.type}, not on a CUDA device"
@@ -35,11 +41,7 @@ class CudaFlatKernel(FlatKernel):
         index = spec.device.index
         if index is None:
             index = torch.cuda.current_device()
-        refusal = unusable(index)
-        if refusal is None and spec.in_features > max_inputs(card(index)):
-            most = max_inputs(card(index))
-            refusal = f"{spec.in_features} inputs; a block quantizes a token of at most {most}"
-        return refusal
+        return unusable(index)
 
     def prepare(self, weight: FlatWeight, spec: FlatSpec) -> list[Tensor]:
         from lutra.kernels.cuda import flat_products
@@ -54,6 +56,39 @@ class CudaFlatKernel(FlatKernel):
         torch.cuda.synchronize(prepared.weight.device)
         return prepared.tensors()
 
+    def describe(self, spec: FlatSpec, tokens: int) -> tuple[str, str]:
+        from lutra.kernels.cuda.flat_products import choose
+        from lutra.kernels.cuda.launch import card
+
+        index = spec.device.index
+        gpu = card(index if index is not None else torch.cuda.current_device())
+        plan, reason = choose(_job(spec, tokens, gpu, 0), gpu)
+        return plan.kernel, reason
+
+    def instances(
+        self, spec: FlatSpec, tokens: Iterable[int], kinds: Sequence[tuple[int, int]], gpu: Card
+    ) -> list[tuple[str, dict[str, int]]]:
+        """Kernel files, with their compile-time parameters, that a layer launches on a card.
+
+        Args:
+            spec: of the layer; which of its channels are wide is not known here, so programs with
+                and without high columns are listed.
+            tokens: numbers of tokens.
+            kinds: what is computed on the way, of
+                :func:`lutra.kernels.cuda.flat_products.kind_of`.
+            gpu: the card; it need not be there.
+        """
+        from lutra.kernels.cuda.flat_products import instances
+
+        found = {}
+        for count in tokens:
+            for high in (0, 32):
+                job = _job(spec, count, gpu, high)
+                listed = instances(job, spec.in_features, spec.smooth, spec.dtype, gpu, kinds)
+                for name, defines, _ in listed:
+                    found[name, *sorted(defines.items())] = name, defines
+        return list(found.values())
+
     def restore(self, prepared: list[Tensor], spec: FlatSpec) -> Tensor:
         from lutra.kernels.cuda.flat_layout import Prepared, restore
 
@@ -66,19 +101,35 @@ class CudaFlatKernel(FlatKernel):
             x, *prepared, bias, spec.out_features, spec.in_features
         )
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, epsilon: float, prepared: list[Tensor],
-        bias: Tensor | None, spec: FlatSpec,
+    def reads(self, before: Before, spec: FlatSpec) -> bool:
+        from lutra.kernels.cuda.flat_products import can_come_before
+
+        return can_come_before(spec.in_features)
+
+    def linear_of(
+        self, x: Tensor, before: Before, prepared: list[Tensor], bias: Tensor | None, spec: FlatSpec
     ) -> Tensor:
-        """:meth:`linear` of the RMS norm of ``x``, which goes to memory as integers only."""
-        return torch.ops.lutra.cuda_flat_norm_linear(
-            x, norm_weight, epsilon, *prepared, bias, spec.out_features, spec.in_features
+        from lutra.kernels.cuda.flat_products import kind_of
+
+        second, third, epsilon = None, None, 0.0
+        if isinstance(before, Norm):
+            second, third, epsilon = before.weight, before.bias, before.epsilon
+        else:
+            second = before.times
+        return torch.ops.lutra.cuda_flat_linear_of(
+            x, second, third, *kind_of(before), epsilon, *prepared, bias, spec.out_features,
+            spec.in_features,
         )
 
-    def gated_linear(
-        self, gate: Tensor, up: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: FlatSpec
-    ) -> Tensor:
-        """:meth:`linear` of ``silu(gate) * up``, which goes to memory as integers only."""
-        return torch.ops.lutra.cuda_flat_gated_linear(
-            gate, up, *prepared, bias, spec.out_features, spec.in_features
-        )
+
+def _job(spec: FlatSpec, tokens: int, gpu: Card, high: int) -> Job:
+    """The product of a layer of which only the shape is known."""
+    from lutra.kernels.cuda.flat_layout import COLUMN_TILE, multiplier_of
+    from lutra.kernels.cuda.flat_products import Job
+
+    multiplier = multiplier_of(gpu.capability, spec.bits)
+    columns = -(-(spec.columns + high) // COLUMN_TILE) * COLUMN_TILE
+    return Job(
+        spec.out_features, tokens, columns, multiplier.registers, multiplier.digit_bits, high,
+        spec.dtype == torch.bfloat16,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lutra.kernels.flat.before import ACTIVATIONS, Activation, Before, Norm
 from lutra.kernels.ops import library
 
 _PREPARED = (
@@ -16,12 +17,8 @@ library.define(
     "-> Tensor"
 )
 library.define(
-    f"cuda_flat_norm_linear(Tensor x, Tensor norm_weight, float epsilon, {_PREPARED}, "
-    "Tensor? bias, int out_features, int in_features) -> Tensor"
-)
-library.define(
-    f"cuda_flat_gated_linear(Tensor gate, Tensor up, {_PREPARED}, Tensor? bias, "
-    "int out_features, int in_features) -> Tensor"
+    "cuda_flat_linear_of(Tensor x, Tensor? second, Tensor? third, int input, int act, "
+    f"float epsilon, {_PREPARED}, Tensor? bias, int out_features, int in_features) -> Tensor"
 )
 library.define(f"cuda_flat_quantize(Tensor x, {_PREPARED}, int in_features) -> (Tensor, Tensor)")
 
@@ -99,78 +96,57 @@ def _quantize(
     return flat_products.quantize(x.reshape(-1, in_features), prepared)
 
 
-def _check_norm(x: Tensor, norm_weight: Tensor) -> None:
-    torch._check(
-        norm_weight.shape == x.shape[-1:] and norm_weight.dtype == x.dtype
-        and norm_weight.device == x.device,
-        lambda: f"the norm has {tuple(norm_weight.shape)} {norm_weight.dtype} weights on "
-        f"{norm_weight.device} for activations {tuple(x.shape)} {x.dtype} on {x.device}",
-    )
+def _check_before(x: Tensor, second: Tensor | None, third: Tensor | None, input: int) -> None:
+    shape = x.shape if input == 4 else x.shape[-1:]
+    needed = {1: (second,), 2: (second, third), 3: (), 4: (second,)}[input]
+    for other in needed:
+        given = None if other is None else (tuple(other.shape), other.dtype, other.device)
+        wanted = (tuple(shape), x.dtype, x.device)
+        torch._check(
+            given == wanted,
+            lambda needs=wanted, has=given: f"what is computed before needs {needs}, not {has}",
+        )
 
 
-def _check_gate(gate: Tensor, up: Tensor) -> None:
-    torch._check(
-        gate.shape == up.shape and gate.dtype == up.dtype and gate.device == up.device,
-        lambda: f"the gate is {tuple(gate.shape)} {gate.dtype} on {gate.device}, what it "
-        f"multiplies is {tuple(up.shape)} {up.dtype} on {up.device}",
-    )
+def _before(
+    second: Tensor | None, third: Tensor | None, input: int, act: int, epsilon: float,
+    in_features: int,
+) -> Before:  # fmt: skip
+    """The inverse of what the kernel makes of it; arguments of an op are tensors and numbers."""
+    if input <= 2:
+        assert second is not None
+        return Norm(second, epsilon, third if input == 2 else None)
+    times = None if second is None else second.reshape(-1, in_features)
+    return Activation(ACTIVATIONS[act], times)
 
 
-@torch.library.register_fake("lutra::cuda_flat_norm_linear", lib=library)
+@torch.library.register_fake("lutra::cuda_flat_linear_of", lib=library)
 def _(
-    x: Tensor, norm_weight: Tensor, epsilon: float, weight: Tensor, scale: Tensor,
-    entries: Tensor, wide: Tensor, keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor,
-    bias: Tensor | None, out_features: int, in_features: int,
+    x: Tensor, second: Tensor | None, third: Tensor | None, input: int, act: int, epsilon: float,
+    weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, keep: Tensor, step: Tensor,
+    smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int, in_features: int,
 ) -> Tensor:  # fmt: skip
     _check(x, weight, bias, out_features, in_features)
-    _check_norm(x, norm_weight)
+    _check_before(x, second, third, input)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _norm_linear(
-    x: Tensor, norm_weight: Tensor, epsilon: float, weight: Tensor, scale: Tensor,
-    entries: Tensor, wide: Tensor, keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor,
-    bias: Tensor | None, out_features: int, in_features: int,
+def _linear_of(
+    x: Tensor, second: Tensor | None, third: Tensor | None, input: int, act: int, epsilon: float,
+    weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor, keep: Tensor, step: Tensor,
+    smooth: Tensor, form: Tensor, bias: Tensor | None, out_features: int, in_features: int,
 ) -> Tensor:  # fmt: skip
     from lutra.kernels.cuda import flat_products
     from lutra.kernels.cuda.flat_layout import Prepared
 
     _check(x, weight, bias, out_features, in_features)
-    _check_norm(x, norm_weight)
+    _check_before(x, second, third, input)
     prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
-    norm = flat_products.Norm(norm_weight, epsilon)
-    y = flat_products.linear(x.reshape(-1, in_features), prepared, bias, out_features, norm)
+    before = _before(second, third, input, act, epsilon, in_features)
+    y = flat_products.linear(x.reshape(-1, in_features), prepared, bias, out_features, before)
     return y.view(*x.shape[:-1], out_features)
 
 
-@torch.library.register_fake("lutra::cuda_flat_gated_linear", lib=library)
-def _(
-    gate: Tensor, up: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor,
-    keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None,
-    out_features: int, in_features: int,
-) -> Tensor:  # fmt: skip
-    _check(gate, weight, bias, out_features, in_features)
-    _check_gate(gate, up)
-    return gate.new_empty((*gate.shape[:-1], out_features))
-
-
-def _gated_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, scale: Tensor, entries: Tensor, wide: Tensor,
-    keep: Tensor, step: Tensor, smooth: Tensor, form: Tensor, bias: Tensor | None,
-    out_features: int, in_features: int,
-) -> Tensor:  # fmt: skip
-    from lutra.kernels.cuda import flat_products
-    from lutra.kernels.cuda.flat_layout import Prepared
-
-    _check(gate, weight, bias, out_features, in_features)
-    _check_gate(gate, up)
-    prepared = Prepared(weight, scale, entries, wide, keep, step, smooth, form)
-    before = flat_products.Gate(up.reshape(-1, in_features))
-    y = flat_products.linear(gate.reshape(-1, in_features), prepared, bias, out_features, before)
-    return y.view(*gate.shape[:-1], out_features)
-
-
 library.impl("cuda_flat_linear", _linear, "CUDA")
-library.impl("cuda_flat_norm_linear", _norm_linear, "CUDA")
-library.impl("cuda_flat_gated_linear", _gated_linear, "CUDA")
+library.impl("cuda_flat_linear_of", _linear_of, "CUDA")
 library.impl("cuda_flat_quantize", _quantize, "CUDA")

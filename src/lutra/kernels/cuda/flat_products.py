@@ -22,13 +22,14 @@ from torch import Tensor
 from lutra.errors import KernelError
 from lutra.kernels.cuda.flat_layout import COLUMN_TILE, Prepared
 from lutra.kernels.cuda.launch import Card, Function, card, function
+from lutra.kernels.flat.before import ACTIVATIONS, Before, Norm, apply
 
 BLOCK_RESERVE = 1024 + 512  # alignment of the tiles, and barriers
 PROCESSOR_RESERVE = 1024  # of shared memory, for each block of a processor
 STEP_PADDING = 256  # tokens; kernels read steps of whole tiles
 MAX_FEW_TOKENS = 64
 SMALL_WEIGHT = 24 << 20
-_X_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_X_TYPES = {torch.float16: 0, torch.bfloat16: 1}
 _BIAS_KINDS = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 BIAS_DTYPES = tuple(_BIAS_KINDS)
 
@@ -38,13 +39,13 @@ BIAS_DTYPES = tuple(_BIAS_KINDS)
 
 class _QuantizeArguments(ctypes.Structure):
     _fields_ = [
-        ("x", ctypes.c_void_p), ("second", ctypes.c_void_p),
+        ("x", ctypes.c_void_p), ("second", ctypes.c_void_p), ("third", ctypes.c_void_p),
         ("q", ctypes.c_void_p), ("step", ctypes.c_void_p),
         ("static_step", ctypes.c_void_p), ("smooth", ctypes.c_void_p),
         ("keep", ctypes.c_void_p), ("wide", ctypes.c_void_p), ("entries", ctypes.c_void_p),
         ("x_stride", ctypes.c_longlong), ("q_stride", ctypes.c_longlong),
         ("second_stride", ctypes.c_longlong),
-        ("inputs", ctypes.c_int), ("first", ctypes.c_int),
+        ("tokens", ctypes.c_int), ("inputs", ctypes.c_int), ("first", ctypes.c_int),
         ("wide_count", ctypes.c_int), ("entry_count", ctypes.c_int),
         ("limit", ctypes.c_int), ("clamp", ctypes.c_int), ("epsilon", ctypes.c_float),
     ]  # fmt: skip
@@ -56,103 +57,87 @@ class QuantizePlan:
 
     Attributes:
         threads: of the block.
-        vectors: of 8 channels, for each thread.
-        hold: whether they stay in registers between the two passes over a token, not in shared
-            memory.
-        blocks: that a processor should have room for; bounds the registers of a thread.
+        vectors: of 8 channels, for each thread; 0 where a token does not fit the registers.
+        ahead: whether a block fetches its next token while it computes one.
+        blocks: of a processor; bounds the registers of a thread.
     """
 
     threads: int
     vectors: int
-    hold: bool
+    ahead: bool
     blocks: int
 
 
-    @property
-    def shared_bytes(self) -> int:
-        """Of 16-bit activations; twice that for float32."""
-        return 0 if self.hold else self.threads * self.vectors * 16
+MOST_VECTORS = 12  # of a thread: what its registers hold beside what it computes with
+MOST_VECTORS_COMPUTED = 8  # where something is computed on the way
 
 
-def max_inputs(device: Card) -> int:
-    """Inputs of the widest layer: a block holds one token of 16-bit activations."""
-    return (device.shared_bytes - 1024) // (16 * 1024) * 8 * 1024
+def quantize_plan(inputs: int, tokens: int, kind: int = 0) -> QuantizePlan:
+    """Many tokens: blocks that go from token to token. Few: short ways in each.
 
-
-@cache
-def quantize_plan(inputs: int, tokens: int) -> QuantizePlan:
-    """Many tokens: blocks so small that several share a processor. Few: short ways in each."""
-    vectors = max(1, -(-inputs // 8))
-    most = 1024 if tokens <= MAX_FEW_TOKENS else 512
-    least_each = 1 if tokens <= MAX_FEW_TOKENS else 2 if tokens <= 1024 else 4
-    each = max(least_each, -(-vectors // most))
-    if each > 4:
-        return QuantizePlan(most, each, False, 1024 // most)
-    threads = -(-vectors // each // 32) * 32
-    return QuantizePlan(threads, each, True, max(1, 1024 // threads))
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Activations are the RMS norm of ``x``: ``weight * (x / sqrt(mean(x^2) + epsilon))``.
-
-    Rounded as transformers' modules round: the quotient to the dtype of ``x``, then the product.
+    Args:
+        kind: what is computed on the way, ``INPUT`` of `flat_quantize.cu`.
     """
+    vectors = max(1, -(-inputs // 8))
+    if tokens <= MAX_FEW_TOKENS:
+        each = -(-vectors // 1024)
+        if each <= 4:
+            threads = -(-vectors // each // 32) * 32
+            return QuantizePlan(threads, each, False, 1)
+    each = max(4, -(-vectors // 512))
+    if each > MOST_VECTORS:
+        return QuantizePlan(512, 0, False, 2)
+    # Measured on an H200; `registers` is what the compiler needs for it, but for a few bytes.
+    ahead, registers = kind == 0 or each <= 4, 72 if kind == 0 else 128
+    if kind == 1 and each <= 4:
+        ahead, registers = False, 80
+    elif kind == 4 and vectors % 64 == 0 and vectors <= 2048:
+        each, registers = 2, 72
+    elif kind == 4 and vectors <= 4096:
+        each, ahead, registers = 4, False, 64
+    elif each > 4:
+        registers = 128
+    threads = -(-vectors // each // 32) * 32
+    return QuantizePlan(threads, each, ahead, max(1, 65536 // (registers * threads)))
 
-    weight: Tensor
-    epsilon: float
 
-
-@dataclass(frozen=True)
-class Gate:
-    """Activations are ``silu(x) * up``, both factors and the product in the dtype of ``x``."""
-
-    up: Tensor
-
-
-Before = Norm | Gate | None
-_INPUTS: dict[type | None, int] = {None: 0, Norm: 1, Gate: 2}
+def kind_of(before: Before | None) -> tuple[int, int]:
+    """``INPUT`` and ``ACT`` of `flat_quantize.cu`."""
+    if before is None:
+        return 0, 0
+    if isinstance(before, Norm):
+        return (1 if before.bias is None else 2), 0
+    return (3 if before.times is None else 4), ACTIVATIONS.index(before.name)
 
 
 def quantize_instance(
-    plan: QuantizePlan, dtype: torch.dtype, digit_bits: int, smooth: bool, aligned: bool,
-    before: type | None = None,
+    plan: QuantizePlan, inputs: int, dtype: torch.dtype, digit_bits: int, smooth: bool,
+    aligned: bool, kind: tuple[int, int] = (0, 0),
 ) -> tuple[str, dict[str, int]]:
     """Kernel file and compile-time parameters.
 
     Args:
+        inputs: channels of a token.
         aligned: whether every row of the activations starts at a multiple of 16 bytes.
-        before: :class:`Norm`, :class:`Gate` or None.
+        kind: of :func:`kind_of`.
     """
-    blocks = plan.blocks if dtype.itemsize == 2 else max(1, plan.blocks // 2)
+    full = aligned and plan.threads * plan.vectors * 8 == inputs
     return "flat_quantize", {
-        "X_TYPE": _X_TYPES[dtype], "VECTORS": plan.vectors, "THREADS": plan.threads,
-        "BLOCKS": blocks, "HOLD": int(plan.hold), "SMOOTH": int(smooth),
-        "WIDTH": digit_bits, "ALIGNED": int(aligned), "INPUT": _INPUTS[before],
+        "X_TYPE": _X_TYPES[dtype], "VECTORS": max(1, plan.vectors), "THREADS": plan.threads,
+        "BLOCKS": plan.blocks, "HOLD": int(plan.vectors > 0), "AHEAD": int(plan.ahead),
+        "SMOOTH": int(smooth), "WIDTH": digit_bits, "ALIGNED": int(aligned), "FULL": int(full),
+        "INPUT": kind[0], "ACT": kind[1],
     }  # fmt: skip
 
 
-def _quantizer(
-    plan: QuantizePlan, dtype: torch.dtype, prepared: Prepared, aligned: bool, device: Card,
-    before: type | None = None,
-) -> Function:
-    smooth = prepared.smooth.numel() > 0
-    name, defines = quantize_instance(plan, dtype, prepared.digit_bits, smooth, aligned, before)
-    shared = plan.shared_bytes * dtype.itemsize // 2
-    if shared + 1024 > device.shared_bytes:
-        raise KernelError(
-            f"a block on {device.name} cannot hold {shared} bytes, a token of {dtype} activations"
-        )
-    return function(name, defines, device, shared)
+def can_come_before(inputs: int) -> bool:
+    """Whether a norm or an activation can be computed on the way to the integers of a layer."""
+    return 0 < quantize_plan(inputs, 1 << 20, 1).vectors <= MOST_VECTORS_COMPUTED
 
 
-def can_come_before(prepared: Prepared, inputs: int, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether a norm or a gate can be computed on the way to the integers of a layer."""
-    plan = quantize_plan(inputs, tokens)
-    return plan.hold and dtype.itemsize == 2 and prepared.smooth.numel() == 0
-
-
-def quantize(x: Tensor, prepared: Prepared, before: Before = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, prepared: Prepared, before: Before | None = None
+) -> tuple[Tensor, Tensor]:
     """Columns of integers ``[tokens, bytes]`` int8 and steps of ``x`` ``[tokens, in]``.
 
     There are as many steps as tokens, up to a multiple of 256; those beyond are not written, and
@@ -170,26 +155,40 @@ def quantize(x: Tensor, prepared: Prepared, before: Before = None) -> tuple[Tens
     if tokens == 0:
         return q, step
     x, stride = _rows_of(x)
-    aligned = x.data_ptr() % 16 == 0 and stride * x.element_size() % 16 == 0
-    second, second_stride, epsilon = None, 0, 0.0
+    aligned = x.data_ptr() % 16 == 0 and stride % 8 == 0
+    second, third, second_stride, epsilon = None, None, 0, 0.0
     if isinstance(before, Norm):
         second, epsilon = before.weight.contiguous(), before.epsilon
-    elif isinstance(before, Gate):
-        second, second_stride = _rows_of(before.up)
-    if second is not None:
-        aligned &= second.data_ptr() % 16 == 0 and second_stride % 8 == 0
-    plan = quantize_plan(inputs, tokens)
-    kind = None if before is None else type(before)
+        third = None if before.bias is None else before.bias.contiguous()
+    elif before is not None and before.times is not None:
+        second, second_stride = _rows_of(before.times)
+    for other in (second, third):
+        if other is not None:
+            aligned &= other.data_ptr() % 16 == 0 and second_stride % 8 == 0
+    kind = kind_of(before)
+    plan = quantize_plan(inputs, tokens, kind[0])
     arguments = _QuantizeArguments(
-        x.data_ptr(), None if second is None else second.data_ptr(), q.data_ptr(),
-        step.data_ptr(), _pointer(prepared.step), _pointer(prepared.smooth),
-        _pointer(prepared.keep), _pointer(prepared.wide), _pointer(prepared.entries), stride,
-        pitch, second_stride, inputs, prepared.high, len(prepared.wide), len(prepared.entries),
-        prepared.limit, prepared.clamp, epsilon,
+        x.data_ptr(), None if second is None else second.data_ptr(),
+        None if third is None else third.data_ptr(), q.data_ptr(), step.data_ptr(),
+        _pointer(prepared.step), _pointer(prepared.smooth), _pointer(prepared.keep),
+        _pointer(prepared.wide), _pointer(prepared.entries), stride, pitch, second_stride, tokens,
+        inputs, prepared.high, len(prepared.wide), len(prepared.entries), prepared.limit,
+        prepared.clamp, epsilon,
     )
-    run = _quantizer(plan, x.dtype, prepared, aligned, device, kind)
-    run(arguments, (tokens, 1, 1), plan.threads)
+    smooth = prepared.smooth.numel() > 0
+    name, defines = quantize_instance(
+        plan, inputs, x.dtype, prepared.digit_bits, smooth, aligned, kind
+    )
+    function(name, defines, device)(arguments, (_blocks(plan, tokens, device), 1, 1), plan.threads)
     return q, step
+
+
+def _blocks(plan: QuantizePlan, tokens: int, device: Card) -> int:
+    """Blocks of a launch: one a token, or as many as run at once, all with as many tokens."""
+    if not plan.ahead:
+        return tokens
+    at_once = device.processors * plan.blocks
+    return -(-tokens // -(-tokens // at_once))
 
 
 def _rows_of(x: Tensor) -> tuple[Tensor, int]:
@@ -501,27 +500,48 @@ def multiply(
 
 
 def linear(
-    x: Tensor, prepared: Prepared, bias: Tensor | None, rows: int, before: Before = None
+    x: Tensor, prepared: Prepared, bias: Tensor | None, rows: int, before: Before | None = None
 ) -> Tensor:
     """The whole layer: ``x`` ``[tokens, in]`` to ``[tokens, rows]``."""
-    if before is not None and not can_come_before(prepared, x.shape[1], len(x), x.dtype):
+    if before is not None and not can_come_before(x.shape[1]):
         x, before = apply(x, before), None
     q, step = quantize(x, prepared, before)
     return multiply(q, step, prepared, bias, rows, len(x), x.dtype)
 
 
-def apply(x: Tensor, before: Norm | Gate) -> Tensor:
-    """What comes before, by itself."""
-    if isinstance(before, Gate):
-        return torch.nn.functional.silu(x) * before.up
-    wide = x.float()
-    factor = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + before.epsilon)
-    return before.weight * (wide * factor).to(x.dtype)
+def instances(
+    job: Job, inputs: int, smooth: bool, dtype: torch.dtype, device: Card,
+    kinds: Sequence[tuple[int, int]] = ((0, 0),),
+) -> list[tuple[str, dict[str, int], int]]:
+    """Kernel files, compile-time parameters and shared memory of what a layer launches.
+
+    Args:
+        job: the product, with its number of tokens.
+        inputs: channels of the activations.
+        smooth: whether they are divided by a stored scale.
+        dtype: of the activations.
+        kinds: what is computed on the way, of :func:`kind_of`.
+    """
+    found = []
+    for kind in kinds:
+        plan_q = quantize_plan(inputs, job.tokens, kind[0])
+        aligned = inputs % 8 == 0
+        found.append((
+            *quantize_instance(plan_q, inputs, dtype, job.digit_bits, smooth, aligned, kind), 0
+        ))  # fmt: skip
+    plans: list[Plan] = [choose(job, device)[0]]
+    if isinstance(plans[0], LinearPlan):  # which of them is taken depends on the number of tokens
+        plans = list(linear_plans(job, device))
+    return [*found, *(instance(plan, job) for plan in plans)]
+
+
+#: One number of tokens for every program that the rule can choose.
+TOKENS_OF_ALL = (1, 16, 32, 64, 128, 512, 1 << 20)
 
 
 def load_all(
     prepared: Prepared, rows: int, inputs: int, dtype: torch.dtype,
-    tokens: Sequence[int] = (1, 16, 32, 64, 128, 512, 1 << 20),
+    tokens: Sequence[int] = TOKENS_OF_ALL,
 ) -> None:
     """Compile and load what products of these numbers of tokens need.
 
@@ -529,12 +549,8 @@ def load_all(
     of any number of tokens.
     """
     device = card(prepared.weight.device.index)
+    smooth = prepared.smooth.numel() > 0
     for count in tokens:
-        plan_q = quantize_plan(inputs, count)
-        _quantizer(plan_q, dtype, prepared, inputs % 8 == 0, device)
         job = job_of(prepared, rows, count, dtype)
-        plans: list[Plan] = [choose(job, device)[0]]
-        if isinstance(plans[0], LinearPlan):
-            plans = list(linear_plans(job, device))
-        for plan in plans:
-            load(plan, job, device)
+        for name, defines, shared in instances(job, inputs, smooth, dtype, device):
+            function(name, defines, device, shared)

@@ -1,12 +1,19 @@
-// Activations to the integers that a flattened layer multiplies, in one pass: a block takes a token.
-//
-// With INPUT = 1 the activations are the RMS norm of x, with INPUT = 2 they are silu(x) * second; both round to 16
-// bits where modules of PyTorch round (the factor of the norm, the norm; silu, the product).
+// Activations to the integers that a flattened layer multiplies, in one pass: a block takes a token after the other.
 //
 //   x'[k]   = x[k] / smooth[k]                                       (SMOOTH)
 //   step    = max_k |x'[k]| / limit[k], or the stored one            never below SMALLEST_STEP
 //   q[k]    = clamp(round_half_even(x'[k] / step), -limit[k], limit[k])
 //   column  = piece of q[source]                                     see kernels/flat/lowering.py
+//
+// What is quantized may be computed of x on the way, rounded to 16 bits where modules of PyTorch round (INPUT):
+//
+//   1  RMS norm        second[k] * round(x[k] * rsqrt(mean(x^2) + epsilon))
+//   2  layer norm      (x[k] - mean(x)) * rsqrt(var(x) + epsilon) * second[k] + third[k]
+//   3  activation      act(x[k])
+//   4  gated           round(act(x[k])) * second[token][k]
+//
+// with ACT 0 silu, 1 relu, 2 gelu, 3 gelu by tanh. Sums of norms are those of 8 channels in float, added up in
+// double: the result hardly depends on how many threads share a token, and so on how many tokens there are.
 //
 // All in float32 with divisions as IEEE has them, so the integers are those of the reference, bit for bit.
 // A token with a NaN or an infinity has integers 0 and a step of NaN.
@@ -14,20 +21,28 @@
 // Most channels have the same limit and are one column, in order: these are swept in vectors of 8. Channels
 // with another limit are listed in `wide`, and the words of `keep` keep them out of the sweep's maximum.
 // Columns that the sweep does not leave as they must be (further pieces, digits) are listed in `entries`.
-// The sweep multiplies by 1 / step and corrects the quotient twice by its remainder, which gives what division
-// gives (Markstein 1990) unless something underflows; tokens with very small or large steps are divided.
+//
+// The sweep multiplies by 1 / step and corrects the quotient by its remainder, once: for x of 11 bits or less
+// that rounds to the same integer as the quotient of IEEE division, for every step (no such quotient is within
+// 2^-44 of where it would matter, but for a few that were tried). Smoothed x have 24 bits and are corrected twice,
+// which gives the quotient itself (Markstein 1990). Tokens with very small or large steps are divided.
+//
+// With AHEAD the next token is fetched while this one is computed. Tokens that do not fit the registers (HOLD 0)
+// are read again for each of the two passes.
 //
 // Columns that no entry names and no channel fills are not written: their weights are 0.
 //
-// -D: X_TYPE 0 half | 1 bf16 | 2 float, VECTORS (of 8 channels, per thread), THREADS, BLOCKS (of a processor),
-// HOLD 0|1 (vectors stay in registers between the two passes, else in shared memory), SMOOTH 0|1, WIDTH 8|4 (bits of a column; with 4, two columns are a byte), ALIGNED 0|1 (rows of x start at multiples
-// of 16 bytes), INPUT 0|1|2 (1 and 2: 16 bits, HOLD, not SMOOTH). Grid: tokens.
+// -D: X_TYPE 0 half | 1 bf16, VECTORS (of 8 channels, per thread, if HOLD), THREADS, BLOCKS (of a processor),
+// HOLD 0|1, AHEAD 0|1, SMOOTH 0|1, WIDTH 8|4 (bits of a column; with 4, two columns are a byte),
+// ALIGNED 0|1 (rows start at multiples of 16 bytes), FULL 0|1 (ALIGNED, and the vectors of all threads are the
+// token), INPUT 0..4 (1 and more: HOLD), ACT 0..3.
 
 #include "flat.cuh"
 
 struct Arguments {
-  const void* x;            // [tokens][inputs], rows x_stride elements apart
-  const void* second;       // INPUT 1: [inputs], weight of the norm; 2: [tokens][inputs], rows second_stride apart
+  const char* x;            // [tokens][inputs], rows x_stride elements apart
+  const char* second;       // [inputs], or [tokens][inputs] with rows second_stride apart
+  const char* third;        // [inputs]
   char* q;                  // [tokens], rows q_stride bytes apart
   float* step;              // [tokens]
   const float* static_step; // [1] or null
@@ -36,17 +51,19 @@ struct Arguments {
   const int2* wide;         // channel, limit
   const int4* entries;      // column, source, piece, limit
   long long x_stride, q_stride, second_stride;
-  int inputs, first;        // column of channel 0
+  int tokens, inputs, first;   // first: column of channel 0
   int wide_count, entry_count;
   int limit, clamp;         // of the channels that are swept; what the sweep cuts at
   float epsilon;            // of the norm
 };
 
-constexpr int RAW = X_TYPE == 2 ? 8 : 4;        // words of a vector
 constexpr int DIGIT = WIDTH == 8 ? 127 : 7;     // largest of a column
 constexpr int BASE = 2 * DIGIT + 1;
 constexpr float SMALLEST_STEP = 1.17549435e-38f;
 constexpr float MAGIC = 12582912.f;             // 1.5 * 2^23: adding it rounds to an integer, half to even
+constexpr int WARPS = THREADS / 32;
+constexpr bool NORM = INPUT == 1 || INPUT == 2, SECOND_ROW = INPUT == 4;
+constexpr int LONE = HOLD && VECTORS > 4 ? 2 : 1;   // wide channels and entries that a thread fetches ahead
 
 // Absolute values are compared as integers: that is their order, with infinity and NaN above all.
 DEVICE u32 absolute(float f) { return __float_as_uint(f) & 0x7FFFFFFF; }
@@ -62,65 +79,69 @@ DEVICE u32 max_pair(u32 a, u32 b) {   // of two halves or bf16, NaN wins
   return m;
 }
 DEVICE float to_float(u16 v) { return X_TYPE == 1 ? bf16_to_float(v) : half_to_float(v); }
-
-struct Vector {
-  u32 raw[RAW];
-  DEVICE float get(int i) const {
-    if (X_TYPE == 2) return __uint_as_float(raw[i]);
-    return to_float((u16)(raw[i / 2] >> (i % 2 * 16)));
-  }
-};
-
-DEVICE void copy16_async(u32 shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(global) : "memory");
-}
-DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-#ifndef INPUT
-#define INPUT 0
-#endif
 DEVICE u16 from_float(float f) { return X_TYPE == 1 ? float_to_bf16(f) : float_to_half(f); }
 DEVICE float rounded(float f) { return to_float(from_float(f)); }
-DEVICE float normed(float x, float factor, float weight) { return rounded(rounded(x * factor) * weight); }
-DEVICE float gated(float x, float second) { return rounded(rounded(__fdiv_rn(x, 1.f + expf(-x))) * second); }
-DEVICE const char* second_row(const Arguments& p, long long token) {
-  return (const char*)p.second + (INPUT == 2 ? token * p.second_stride * 2 : 0);
+DEVICE float act(float x) {   // as PyTorch computes it
+  if (ACT == 1) return x != x ? x : fmaxf(x, 0.f);
+  if (ACT == 2) return x * 0.5f * (1.f + erff(x * 0.70710678118654752440f));
+  if (ACT == 3) {
+    const float inner = 0.79788456080286535588f * (x + 0.044715f * (x * x * x));
+    return 0.5f * x * (1.f + tanhf(inner));
+  }
+  return __fdiv_rn(x, 1.f + expf(-x));
 }
 
-DEVICE float load_one(const Arguments& p, const char* row, int channel, float factor) {
-  const float x = X_TYPE == 2 ? ((const float*)row)[channel] : to_float(((const u16*)row)[channel]);
-  if (INPUT) {
-    const float second = to_float(((const u16*)second_row(p, blockIdx.x))[channel]);
-    return INPUT == 1 ? normed(x, factor, second) : gated(x, second);
-  }
-  return SMOOTH ? __fdiv_rn(x, p.smooth[channel]) : x;
+struct Sums { float mean, factor; };   // of a norm
+// What is quantized of an x, before smoothing; as a float that 16 bits hold.
+DEVICE float computed(float x, float second, float third, const Sums& of) {
+  if (INPUT == 1) return rounded(rounded(x * of.factor) * second);
+  if (INPUT == 2) return rounded(fmaf(second, of.factor * (x - of.mean), third));
+  if (INPUT == 3) return rounded(act(x));
+  if (INPUT == 4) return rounded(rounded(act(x)) * second);
+  return x;
 }
-DEVICE void load_vector(Vector& v, const Arguments& p, const char* row, int vector) {
+
+struct Vector {   // 8 channels
+  u32 pair[4];
+  DEVICE float get(int i) const { return to_float((u16)(pair[i / 2] >> (i % 2 * 16))); }
+};
+DEVICE void load_vector(Vector& v, const char* row, int vector, int inputs) {
   const int channel = vector * 8;
-  if (ALIGNED && channel + 8 <= p.inputs) {
-    const uint4* from = (const uint4*)row + vector * (RAW / 4);
+  if (FULL || (ALIGNED && channel + 8 <= inputs)) {
+    const uint4 w = ((const uint4*)row)[vector];
+    v.pair[0] = w.x; v.pair[1] = w.y; v.pair[2] = w.z; v.pair[3] = w.w;
+  } else {
 #pragma unroll
-    for (int i = 0; i < RAW / 4; i++) {
-      const uint4 w = from[i];
-      v.raw[4 * i] = w.x; v.raw[4 * i + 1] = w.y; v.raw[4 * i + 2] = w.z; v.raw[4 * i + 3] = w.w;
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < RAW; i++) {
-    v.raw[i] = 0;
-    if (X_TYPE == 2) { if (channel + i < p.inputs) v.raw[i] = ((const u32*)row)[channel + i]; }
-    else {
-      if (channel + 2 * i < p.inputs) v.raw[i] = ((const u16*)row)[channel + 2 * i];
-      if (channel + 2 * i + 1 < p.inputs) v.raw[i] |= (u32)((const u16*)row)[channel + 2 * i + 1] << 16;
+    for (int i = 0; i < 4; i++) {
+      v.pair[i] = 0;
+      if (channel + 2 * i < inputs) v.pair[i] = ((const u16*)row)[channel + 2 * i];
+      if (channel + 2 * i + 1 < inputs) v.pair[i] |= (u32)((const u16*)row)[channel + 2 * i + 1] << 16;
     }
   }
 }
-// What vector i holds of channel c, smoothed.
+// Channel i of a vector as it is quantized.
 DEVICE float value(const Arguments& p, const Vector& v, int vector, int i) {
   const int channel = vector * 8 + i;
   if (SMOOTH) return channel < p.inputs ? __fdiv_rn(v.get(i), p.smooth[channel]) : 0.f;
   return v.get(i);
+}
+DEVICE const char* x_row(const Arguments& p, long long token) { return p.x + token * p.x_stride * 2; }
+DEVICE const char* second_row(const Arguments& p, long long token) {
+  return p.second + (SECOND_ROW ? token * p.second_stride * 2 : 0);
+}
+
+// A channel by itself: what is fetched of it, and what it is once the norm is known.
+struct Single { u16 x, second, third; };
+DEVICE Single fetch_single(const Arguments& p, int token, int channel) {
+  Single s;
+  s.x = ((const u16*)x_row(p, token))[channel];
+  s.second = NORM || SECOND_ROW ? ((const u16*)second_row(p, token))[channel] : 0;
+  s.third = INPUT == 2 ? ((const u16*)p.third)[channel] : 0;
+  return s;
+}
+DEVICE float value_of(const Arguments& p, const Single& s, int channel, const Sums& sums) {
+  const float x = computed(to_float(s.x), to_float(s.second), to_float(s.third), sums);
+  return SMOOTH ? __fdiv_rn(x, p.smooth[channel]) : x;
 }
 
 DEVICE int part(int q, int piece) {
@@ -134,30 +155,48 @@ DEVICE int piece_of(int q, int piece) {
   return piece == -1 ? q - BASE * high : part(high, -2 - piece);
 }
 
-// The largest absolute value of a vector's channels that are kept: bits of a float, or of two 16-bit ones.
-DEVICE u32 largest_of(u32 most, const Arguments& p, const Vector& v, int vector, const uint4& keep) {
+// Which channels the maximum takes: of four vectors in a word, flag (vector v, channel 2 j + c) is bit
+// 7 - (2 v + j / 2) of byte 2 (j & 1) + c, so that one shift brings the flags of two pairs to the signs of bytes.
+DEVICE u32 flags_of(const uint4& keep, int v) {
   const u32 kept[4] = {keep.x, keep.y, keep.z, keep.w};
+  u32 flags = 0;
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    if (SMOOTH || X_TYPE == 2) {
-      if (kept[j] & 0xFFFF) most = max(most, absolute(value(p, v, vector, 2 * j)));
-      if (kept[j] >> 16) most = max(most, absolute(value(p, v, vector, 2 * j + 1)));
+#pragma unroll
+    for (int c = 0; c < 2; c++) flags |= (kept[j] >> 16 * c & 1) << (8 * (2 * (j & 1) + c) + 7 - (2 * v + j / 2));
+  }
+  return flags;
+}
+// Bytes full of the signs of others. Volatile, or a loop's masks would all be kept in registers.
+DEVICE u32 signs_of(u32 word, u32 which) {
+  u32 signs;
+  asm volatile("prmt.b32 %0, %1, 0, %2;" : "=r"(signs) : "r"(word), "r"(which));
+  return signs;
+}
+// The largest absolute value of a vector's channels that are kept: bits of a float, or of two 16-bit ones.
+DEVICE u32 largest_of(u32 most, const Arguments& p, const Vector& v, int vector, u32 flags, int place) {
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const u32 kept = signs_of(flags << (2 * place + j / 2), j & 1 ? 0xBBAA : 0x9988);
+    if (SMOOTH) {
+      if (kept & 0xFFFF) most = max(most, absolute(value(p, v, vector, 2 * j)));
+      if (kept >> 16) most = max(most, absolute(value(p, v, vector, 2 * j + 1)));
     } else {
-      most = max_pair(most, v.raw[j] & kept[j]);
+      most = max_pair(most, v.pair[j] & kept & 0x7FFF7FFF);
     }
   }
   return most;
 }
 DEVICE u32 largest_of_both(u32 most) {
-  if (SMOOTH || X_TYPE == 2) return most;
+  if (SMOOTH) return most;
   return max(absolute(to_float((u16)most)), absolute(to_float((u16)(most >> 16))));
 }
 
-// x / step, rounded as division rounds it; both far from the ends of the range.
+// x / step, near enough to round to the same integer; both far from the ends of the range.
 DEVICE float quotient(float x, float step, float inverse) {
   float q = x * inverse;
   q = fmaf(fmaf(-q, step, x), inverse, q);
-  return fmaf(fmaf(-q, step, x), inverse, q);
+  return SMOOTH ? fmaf(fmaf(-q, step, x), inverse, q) : q;
 }
 // The integers of a vector: in the low bits of 8 words.
 DEVICE void integers_of(u32 (&out)[8], const Arguments& p, const Vector& v, int vector, float step, float inverse) {
@@ -179,7 +218,7 @@ DEVICE void store_integers(const u32 (&byte)[8], const Arguments& p, char* out, 
   const u32 low = __byte_perm(__byte_perm(byte[0], byte[1], 0x0040), __byte_perm(byte[2], byte[3], 0x0040), 0x5410);
   const u32 high = __byte_perm(__byte_perm(byte[4], byte[5], 0x0040), __byte_perm(byte[6], byte[7], 0x0040), 0x5410);
   char* at = out + p.first + vector * 8;
-  if (left >= 8) *(uint2*)at = make_uint2(low, high);
+  if (FULL || left >= 8) *(uint2*)at = make_uint2(low, high);
   else {
     for (int j = 0; j < left; j++) at[j] = (char)(j < 4 ? low >> 8 * j : high >> 8 * (j - 4));
   }
@@ -188,182 +227,221 @@ DEVICE void store_integers(const u32 (&byte)[8], const Arguments& p, char* out, 
 #pragma unroll
   for (int j = 0; j < 8; j++) word |= (byte[j] & 15) << 4 * j;
   char* at = out + p.first / 2 + vector * 4;
-  if (left >= 8) *(u32*)at = word;
+  if (FULL || left >= 8) *(u32*)at = word;
   else {   // the upper half of the last byte may be an entry's column, which comes after this
     for (int j = 0; j < (left + 1) / 2; j++) at[j] = (char)(word >> 8 * j);
   }
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-flat_quantize(const __grid_constant__ Arguments p) {
-  __shared__ u32 maxima[THREADS / 32];
-#if HOLD == 0
-  extern __shared__ __align__(16) uint4 rows[];   // [VECTORS][RAW / 4][THREADS]
-#endif
-  const int thread = threadIdx.x;
-  // What this thread does besides the sweep, as far as it fits a turn: fetched before the activations are there.
-  const bool has_wide = thread < p.wide_count, has_entry = thread < p.entry_count;
-  const int2 wide = has_wide ? p.wide[thread] : make_int2(0, 1);
-  const int4 entry = has_entry ? p.entries[thread] : make_int4(0, 0, 0, 1);
-  uint4 keep[HOLD ? VECTORS : 1];
-  const auto keep_of = [&](int vector) {
-    const bool some = p.keep && vector * 8 < p.inputs;
-    return some ? p.keep[vector] : make_uint4(0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF, 0x7FFF7FFF);
-  };
-  if (HOLD) {
-#pragma unroll
-    for (int i = 0; i < VECTORS; i++) keep[HOLD ? i : 0] = keep_of(i * THREADS + thread);
+// What a thread holds of a token.
+struct Held {
+  Vector x[HOLD ? VECTORS : 1], second[HOLD && SECOND_ROW ? VECTORS : 1];
+  Single wide[LONE], entry[LONE];
+};
+
+struct Block {
+  const Arguments& p;
+  const int thread;
+  u32 kept[(VECTORS + 3) / 4];
+  u32* maxima;      // [2][WARPS]
+  double* parts;    // [2][WARPS]
+
+  DEVICE int vector(int i) const { return i * THREADS + thread; }
+  DEVICE bool holds(int i) const { return FULL || vector(i) * 8 < p.inputs; }
+  DEVICE u32 flags(int at, int place) const {
+    const bool some = p.keep && at * 8 < p.inputs;
+    return flags_of(some ? p.keep[at] : make_uint4(0x00010001, 0x00010001, 0x00010001, 0x00010001), place);
   }
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  const long long token = blockIdx.x;
-  const char* row = (const char*)p.x + token * p.x_stride * (X_TYPE == 2 ? 4 : 2);
-  char* out = p.q + token * p.q_stride;
-  Vector held[HOLD ? VECTORS : 1];
+  DEVICE void fetch(Held& h, int token) const {
+    if (HOLD) {
+      const char* row = x_row(p, token);
 #pragma unroll
-  for (int i = 0; i < VECTORS; i++) {
-    const int vector = i * THREADS + thread;
-    if (vector * 8 >= p.inputs) continue;
-#if HOLD
-    load_vector(held[i], p, row, vector);
-#else
-    if (ALIGNED && vector * 8 + 8 <= p.inputs) {
-#pragma unroll
-      for (int w = 0; w < RAW / 4; w++)
-        copy16_async(shared_address(rows + (i * (RAW / 4) + w) * THREADS + thread),
-                     (const uint4*)row + vector * (RAW / 4) + w);
-    } else {
-      load_vector(held[0], p, row, vector);
-#pragma unroll
-      for (int w = 0; w < RAW / 4; w++)
-        rows[(i * (RAW / 4) + w) * THREADS + thread] =
-          make_uint4(held[0].raw[4 * w], held[0].raw[4 * w + 1], held[0].raw[4 * w + 2], held[0].raw[4 * w + 3]);
-    }
-#endif
-  }
-  float factor = 0.f;
-#if INPUT
-  {
-    const char* second = second_row(p, token);
-    float squares = 0.f;
-    if (INPUT == 1) {
-      __shared__ float sums[THREADS / 32];
-#pragma unroll
-      for (int i = 0; i < VECTORS; i++)
-        if ((i * THREADS + thread) * 8 < p.inputs) {
-#pragma unroll
-          for (int j = 0; j < 8; j++) squares = fmaf(held[i].get(j), held[i].get(j), squares);
-        }
-#pragma unroll
-      for (int lanes = 16; lanes; lanes /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, lanes);
-      if ((thread & 31) == 0) sums[thread / 32] = squares;
-      __syncthreads();
-      squares = 0.f;
-      for (int w = 0; w < THREADS / 32; w++) squares += sums[w];
-      factor = rsqrtf(squares / (float)p.inputs + p.epsilon);
+      for (int i = 0; i < VECTORS; i++) {
+        if (!holds(i)) continue;
+        load_vector(h.x[HOLD ? i : 0], row, vector(i), p.inputs);
+        if (SECOND_ROW) load_vector(h.second[HOLD && SECOND_ROW ? i : 0], second_row(p, token), vector(i), p.inputs);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < VECTORS; i++) {
-      const int vector = i * THREADS + thread;
-      if (vector * 8 >= p.inputs) continue;
-      Vector other;
-      load_vector(other, p, second, vector);
+    for (int i = 0; i < LONE; i++) {
+      if (vector(i) < p.wide_count) h.wide[i] = fetch_single(p, token, p.wide[vector(i)].x);
+      if (vector(i) < p.entry_count) h.entry[i] = fetch_single(p, token, p.entries[vector(i)].y);
+    }
+  }
+  DEVICE double sum(double mine, int turn) const {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) mine += __shfl_xor_sync(0xFFFFFFFFu, mine, lanes);
+    if ((thread & 31) == 0) parts[turn * WARPS + thread / 32] = mine;
+    __syncthreads();
+    double all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all += parts[turn * WARPS + w];
+    return all;
+  }
+  // Sum over the token of the channels less `from`, or of the squares of that.
+  template <bool SQUARES> DEVICE double sum_of(const Held& h, float from, int turn) const {
+    double mine = 0;
+#pragma unroll
+    for (int i = 0; i < (HOLD ? VECTORS : 0); i++) {
+      const int left = FULL ? 8 : p.inputs - vector(i) * 8;
+      if (left <= 0) continue;
+      float part = 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float x = j < left ? h.x[HOLD ? i : 0].get(j) - from : 0.f;
+        part = SQUARES ? fmaf(x, x, part) : part + x;
+      }
+      mine += (double)part;
+    }
+    return sum(mine, turn);
+  }
+  DEVICE Sums sums_of(const Held& h) const {
+    Sums s = {0.f, 0.f};
+    if (INPUT == 2) s.mean = (float)(sum_of<false>(h, 0.f, 0) / p.inputs);
+    if (NORM) s.factor = rsqrtf((float)(sum_of<true>(h, s.mean, 1) / p.inputs) + p.epsilon);
+    return s;
+  }
+  // Puts what is quantized in the place of what was fetched.
+  DEVICE void compute(Held& h, const Sums& sums) const {
+#pragma unroll
+    for (int i = 0; i < (HOLD ? VECTORS : 0); i++) {
+      if (!holds(i)) continue;
+      Vector other, third;
+      if (NORM) load_vector(other, p.second, vector(i), p.inputs);
+      if (INPUT == 2) load_vector(third, p.third, vector(i), p.inputs);
+      Vector& x = h.x[HOLD ? i : 0];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         u32 pair = 0;
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          const float x = held[i].get(2 * j + k), o = other.get(2 * j + k);
-          pair |= (u32)from_float(INPUT == 1 ? normed(x, factor, o) : gated(x, o)) << 16 * k;
+          const int at = 2 * j + k;
+          const float o = NORM ? other.get(at) : SECOND_ROW ? h.second[HOLD && SECOND_ROW ? i : 0].get(at) : 0.f;
+          pair |= (u32)from_float(computed(x.get(at), o, INPUT == 2 ? third.get(at) : 0.f, sums)) << 16 * k;
         }
-        held[i].raw[j] = pair;
+        x.pair[j] = pair;
       }
     }
   }
-#endif
-  const float x_wide = load_one(p, row, wide.x, factor), x_entry = load_one(p, row, entry.y, factor);
-  const auto take = [&](int i) -> const Vector& {   // a thread keeps its own vectors: no barrier
-#if HOLD
-    return held[i];
-#else
+  // `visit(vector, its number, i)` for all vectors of this thread.
+  template <class Visit> DEVICE void each(const Held& h, int token, Visit visit) const {
+    if (HOLD) {
 #pragma unroll
-    for (int w = 0; w < RAW / 4; w++) {
-      const uint4 four = rows[(i * (RAW / 4) + w) * THREADS + thread];
-      held[0].raw[4 * w] = four.x; held[0].raw[4 * w + 1] = four.y;
-      held[0].raw[4 * w + 2] = four.z; held[0].raw[4 * w + 3] = four.w;
+      for (int i = 0; i < VECTORS; i++)
+        if (holds(i)) visit(h.x[HOLD ? i : 0], vector(i), i);
+    } else {
+      for (int at = thread; at * 8 < p.inputs; at += THREADS) {
+        Vector v;
+        load_vector(v, x_row(p, token), at, p.inputs);
+        visit(v, at, 0);
+      }
     }
-    return held[0];
-#endif
-  };
-#if HOLD == 0
-  wait_copies();
-#endif
-  u32 most = 0;
-#pragma unroll
-  for (int i = 0; i < VECTORS; i++) {
-    const int vector = i * THREADS + thread;
-    if (vector * 8 < p.inputs) most = largest_of(most, p, take(i), vector, HOLD ? keep[HOLD ? i : 0] : keep_of(vector));
   }
-  // Division keeps the order, so it may come after the maximum.
-  most = absolute(__fdiv_rn(__uint_as_float(warp_max(largest_of_both(most))), (float)p.limit));
-  if (has_wide) most = max(most, absolute(__fdiv_rn(x_wide, (float)wide.y)));
-  for (int e = thread + THREADS; e < p.wide_count; e += THREADS)
-    most = max(most, absolute(__fdiv_rn(load_one(p, row, p.wide[e].x, factor), (float)p.wide[e].y)));
-  __syncwarp();
-  most = warp_max(most);
-  if ((thread & 31) == 0) maxima[thread / 32] = most;
-  __syncthreads();
-  most = warp_max((thread & 31) < THREADS / 32 ? maxima[thread & 31] : 0);
-  const bool sound = most < 0x7F800000u;   // neither infinity nor NaN
-  float step = p.static_step ? *p.static_step : fmaxf(__uint_as_float(most), SMALLEST_STEP);
-  if (!sound) step = __int_as_float(0x7FC00000);
-  if (thread == 0) p.step[token] = step;
-  if (step > 1e-30f && step < 1e30f) {
-    const float inverse = __fdiv_rn(1.f, step);
+
+  // `turn` is 0 and 1 in turns: the maxima of one token may still be read while those of the next are written.
+  DEVICE void quantize(Held& h, Held& next, int token, int next_token, int turn) const {
+    if (AHEAD && next_token < p.tokens) fetch(next, next_token);
+    const Sums sums = sums_of(h);
+    if (INPUT) compute(h, sums);
+    u32 most = 0;
+    each(h, token, [&](const Vector& v, int at, int i) {
+      if (HOLD) most = largest_of(most, p, v, at, kept[i / 4], i % 4);
+      else most = largest_of(most, p, v, at, flags(at, 0), 0);
+    });
+    // Division keeps the order, so it may come after the maximum.
+    most = absolute(__fdiv_rn(__uint_as_float(warp_max(largest_of_both(most))), (float)p.limit));
+    const auto ratio = [&](const Single& s, int e) {
+      const int2 of = p.wide[e];
+      most = max(most, absolute(__fdiv_rn(value_of(p, s, of.x, sums), (float)of.y)));
+    };
+#pragma unroll
+    for (int i = 0; i < LONE; i++) if (vector(i) < p.wide_count) ratio(h.wide[i], vector(i));
+    for (int e = vector(LONE); e < p.wide_count; e += THREADS) ratio(fetch_single(p, token, p.wide[e].x), e);
+    __syncwarp();
+    most = warp_max(most);
+    if ((thread & 31) == 0) maxima[turn * WARPS + thread / 32] = most;
+    __syncthreads();
+    most = warp_max((thread & 31) < WARPS ? maxima[turn * WARPS + (thread & 31)] : 0);
+    const bool sound = most < 0x7F800000u;   // neither infinity nor NaN
+    float step = p.static_step ? *p.static_step : fmaxf(__uint_as_float(most), SMALLEST_STEP);
+    if (!sound) step = __int_as_float(0x7FC00000);
+    if (thread == 0) p.step[token] = step;
+    char* out = p.q + token * p.q_stride;
+    if (step > 1e-30f && step < 1e30f) {
+      const float inverse = __fdiv_rn(1.f, step);
+      each(h, token, [&](const Vector& v, int at, int) {
+        u32 integers[8];
+        integers_of(integers, p, v, at, step, inverse);
+        store_integers(integers, p, out, at);
+      });
+    } else {
+      for (int at = thread; at * 8 < p.inputs; at += THREADS) {
+        u32 integers[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) integers[j] = 0;
+#pragma unroll 1
+        for (int j = 0; j < 8; j++) {
+          const int channel = at * 8 + j;
+          int q = 0;
+          if (channel < p.inputs)
+            q = integer_of(value_of(p, fetch_single(p, token, channel), channel, sums), step, p.clamp);
+#pragma unroll
+          for (int to = 0; to < 8; to++) if (to == j) integers[to] = (u32)q;
+        }
+        store_integers(integers, p, out, at);
+      }
+    }
+    if (p.entry_count == 0) return;
+    __syncthreads();   // entries write over what the sweep left in their columns
+    const auto digit = [&](const Single& s, const int4& of) {
+      return piece_of(integer_of(value_of(p, s, of.y, sums), step, of.w), of.z);
+    };
+#if WIDTH == 8
+#pragma unroll
+    for (int i = 0; i < LONE; i++)
+      if (vector(i) < p.entry_count) { const int4 of = p.entries[vector(i)]; out[of.x] = (char)digit(h.entry[i], of); }
+    for (int e = vector(LONE); e < p.entry_count; e += THREADS) {
+      const int4 of = p.entries[e];
+      out[of.x] = (char)digit(fetch_single(p, token, of.y), of);
+    }
+#else
+    // Two columns share a byte: entries are sorted by column, and one thread writes both of a byte.
+    const auto nibble = [&](const int4& of) { return (u32)digit(fetch_single(p, token, of.y), of) & 15; };
+    for (int e = thread; e < p.entry_count; e += THREADS) {
+      const int4 here = p.entries[e];
+      if (e > 0 && (here.x & 1) && p.entries[e - 1].x == here.x - 1) continue;
+      u32 byte = (unsigned char)out[here.x / 2];
+      byte = here.x & 1 ? (byte & 0x0F) | nibble(here) << 4 : (byte & 0xF0) | nibble(here);
+      if (!(here.x & 1) && e + 1 < p.entry_count && p.entries[e + 1].x == here.x + 1)
+        byte = (byte & 0x0F) | nibble(p.entries[e + 1]) << 4;
+      out[here.x / 2] = (char)byte;
+    }
+#endif
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+flat_quantize(const __grid_constant__ Arguments p) {
+  __shared__ u32 maxima[2 * WARPS];
+  __shared__ double parts[NORM ? 2 * WARPS : 1];
+  Block block = {p, (int)threadIdx.x, {}, maxima, parts};
+  if (HOLD) {
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
-      const int vector = i * THREADS + thread;
-      if (vector * 8 >= p.inputs) continue;
-      u32 integers[8];
-      integers_of(integers, p, take(i), vector, step, inverse);
-      store_integers(integers, p, out, vector);
-    }
-  } else {
-    for (int vector = thread; vector * 8 < p.inputs; vector += THREADS) {
-      u32 integers[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) integers[j] = 0;
-#pragma unroll 1
-      for (int j = 0; j < 8; j++) {
-        const int q = vector * 8 + j < p.inputs ? integer_of(load_one(p, row, vector * 8 + j, factor), step, p.clamp) : 0;
-#pragma unroll
-        for (int at = 0; at < 8; at++) if (at == j) integers[at] = (u32)q;
-      }
-      store_integers(integers, p, out, vector);
+      if (i % 4 == 0) block.kept[i / 4] = 0;
+      block.kept[i / 4] |= block.flags(block.vector(i), i % 4);
     }
   }
-  if (p.entry_count == 0) return;
-  __syncthreads();   // entries write over what the sweep left in their columns
-#if WIDTH == 8
-  if (has_entry) out[entry.x] = (char)piece_of(integer_of(x_entry, step, entry.w), entry.z);
-  for (int e = thread + THREADS; e < p.entry_count; e += THREADS) {
-    const int4 next = p.entries[e];
-    out[next.x] = (char)piece_of(integer_of(load_one(p, row, next.y, factor), step, next.w), next.z);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int every = gridDim.x;
+  int token = blockIdx.x;
+  Held held, next;
+  if (token < p.tokens) block.fetch(next, token);
+  for (int turn = 0; token < p.tokens; token += every, turn ^= 1) {
+    held = next;
+    block.quantize(held, next, token, token + every, turn);
+    if (!AHEAD && token + every < p.tokens) block.fetch(next, token + every);
   }
-#else
-  // Two columns share a byte: entries are sorted by column, and one thread writes both of a byte.
-  const auto digit = [&](const int4& of) {
-    return (u32)piece_of(integer_of(load_one(p, row, of.y, factor), step, of.w), of.z) & 15;
-  };
-  for (int e = thread; e < p.entry_count; e += THREADS) {
-    const int4 here = p.entries[e];
-    if (e > 0 && (here.x & 1) && p.entries[e - 1].x == here.x - 1) continue;
-    u32 byte = (unsigned char)out[here.x / 2];
-    byte = here.x & 1 ? (byte & 0x0F) | digit(here) << 4 : (byte & 0xF0) | digit(here);
-    if (!(here.x & 1) && e + 1 < p.entry_count && p.entries[e + 1].x == here.x + 1)
-      byte = (byte & 0x0F) | digit(p.entries[e + 1]) << 4;
-    out[here.x / 2] = (char)byte;
-  }
-#endif
 }

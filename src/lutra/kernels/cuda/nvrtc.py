@@ -133,6 +133,7 @@ def compile_cubin(name: str, defines: Mapping[str, int], arch: str) -> bytes:
         with _locked(path.with_suffix(".lock")):
             found = _read(path)  # another process may have been faster
             if found is None:
+                _say_compiling(str(path.parent))
                 found = compile_uncached(text, options, f"{name}.cu")[0]
                 _write(path, found)
         return found
@@ -218,6 +219,14 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
             return
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+@cache
+def _say_compiling(folder: str) -> None:
+    logger.info(
+        "compiling GPU kernels, about a second each, once on this machine (kept in %s); "
+        "`lutra warmup MODEL` does that ahead", folder,
+    )  # fmt: skip
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lutra.formats.flat import FlatWeight
 from lutra.kernels.dispatch import Choice, first_supporting
+from lutra.kernels.flat.before import Before, apply
 
 __all__ = ["Choice", "FlatKernel", "FlatSpec", "choose", "kernels"]
 
@@ -71,6 +72,20 @@ class FlatKernel(ABC):
     ) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``, for any
         number of tokens, none included."""
+
+    def describe(self, spec: FlatSpec, tokens: int) -> tuple[str, str]:
+        """Which program of the kernel multiplies a number of tokens, and why that one."""
+        return self.name, "one program for any number of tokens"
+
+    def reads(self, before: Before, spec: FlatSpec) -> bool:
+        """Whether :meth:`linear_of` computes ``before`` on the way to its integers."""
+        return False
+
+    def linear_of(
+        self, x: Tensor, before: Before, prepared: list[Tensor], bias: Tensor | None, spec: FlatSpec
+    ) -> Tensor:
+        """:meth:`linear` of what ``before`` makes of ``x``."""
+        return self.linear(apply(x, before), prepared, bias, spec)
 
 
 @cache

@@ -175,9 +175,9 @@ def quantize_input(
         step_M = step.to(torch.float32).expand(len(x_MI))
         sound_M = torch.isfinite(x_MI).all(1)
     q_MI = (x_MI / step_M[:, None]).round_().clamp_(-limit_I, limit_I)
-    if not bool(sound_M.all()):
-        q_MI = torch.where(sound_M[:, None], q_MI, 0.0)
-        step_M = torch.where(sound_M, step_M, torch.nan)
+    # No look at the values, which a CUDA graph that is being captured could not take.
+    q_MI = torch.where(sound_M[:, None], q_MI, 0.0)
+    step_M = torch.where(sound_M, step_M, torch.nan)
     return q_MI.to(torch.int32), step_M
 
 

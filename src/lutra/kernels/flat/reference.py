@@ -14,13 +14,16 @@ def wide_product(q_MI: Tensor, wide_OI: Tensor) -> Tensor:
     """``q @ W^T`` in exact integers, int64 ``[tokens, out]``: the oracle of every kernel.
 
     A product of floats is exact, in any order of summation, as long as no partial sum can pass the
-    integers that the float type holds: 2^24 for float32, 2^53 for float64.
+    integers that the float type holds: 2^24 for float32, 2^53 for float64. On a GPU it is float64:
+    to look at the values would wait for them, and break the capture of a CUDA graph.
     """
     if not q_MI.numel() or not wide_OI.numel():
         return torch.zeros(len(q_MI), len(wide_OI), dtype=torch.int64, device=q_MI.device)
-    largest_I = q_MI.abs().amax(0).double()
-    worst = float((wide_OI.abs().double() @ largest_I).amax())
-    dtype = torch.float32 if worst < 2**24 else torch.float64
+    dtype = torch.float64
+    if q_MI.device.type == "cpu":
+        largest_I = q_MI.abs().amax(0).double()
+        worst = float((wide_OI.abs().double() @ largest_I).amax())
+        dtype = torch.float32 if worst < 2**24 else torch.float64
     return (q_MI.to(dtype) @ wide_OI.to(dtype).T).to(torch.int64)
 
 
