@@ -175,7 +175,7 @@ def run_flat(bits: int) -> Counter[str]:
 
 
 def run_step() -> Counter[str]:
-    """Norms, activations and attention of a decoding step."""
+    """Norms, activations, attention and sums of a decoding step."""
     from lutra.kernels.cuda import token_step
     from lutra.kernels.cuda.token_step import AttentionShape
 
@@ -219,6 +219,15 @@ def run_step() -> Counter[str]:
             y = token_step.attention(*on_card, shape, tuple(t.cuda() for t in tables))
             near("token_attention", y, expected)
             near("token_attention", on_card[1], keys)
+        # A sum over two ranks of which the other one's packets have come already, with their flags.
+        values = 4 * 300
+        x, other = torch.randn(values).to(dtype), torch.randn(values).to(dtype)
+        packets = torch.full((2, 2, 300, 4), 1, dtype=torch.int32)
+        packets[..., ::2] = other.view(torch.int32).view(300, 2)
+        mine, theirs = packets.cuda(), torch.zeros_like(packets).cuda()
+        received = [mine.data_ptr(), theirs.data_ptr()]
+        add = token_step.DirectSum(received, 0, values, torch.device("cuda", 0))
+        near("token_sum", add(x.cuda()), x.float() + other.float())
     return ran
 
 
