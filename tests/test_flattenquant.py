@@ -17,11 +17,12 @@ from lutra.errors import CalibrationError, CheckpointError, SchemeError
 from lutra.formats.checkpoint import SourceCheckpoint, load_layer, read_quantization_config
 from lutra.inspection import inspect_checkpoint
 from lutra.methods import Block, get_method
-from lutra.methods.flattenquant import Options, Unit, decide, ladder, shares, solve_group
+from lutra.methods.flattenquant import Options, ladder, solve_group
 from lutra.nn_flat import FlatLinear
 from lutra.outliers import inject_outliers
 from lutra.plan import plan
 from lutra.scheme import Format
+from lutra.solvers.choose_bits import Unit, decide, shares
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2
@@ -189,7 +190,7 @@ def judge_of(units: list[Unit]):
 
 def test_the_cheapest_layers_become_four_bit_until_the_budget_is_spent():
     units = units_of([0.004, 0.001, 0.1, 0.002, 0.006])
-    decision = decide(units, judge_of(units), Options(budget=0.01))
+    decision = decide(units, judge_of(units), 0.01)
     assert decision.within_budget
     # 0.001 + 0.002 + 0.004 fit; the next fits with twice the growth, the last not at all.
     assert decision.rungs == [0, 0, 2, 0, 2] or decision.rungs == [0, 0, 2, 0, 1]
@@ -200,7 +201,7 @@ def test_the_cheapest_layers_become_four_bit_until_the_budget_is_spent():
 def test_layers_go_down_the_ladder_where_eight_bits_cost_too_much():
     units = units_of([0.5, 0.001])
     units[0].rungs[2]["kl"] = 0.3
-    decision = decide(units, judge_of(units), Options(budget=0.01))
+    decision = decide(units, judge_of(units), 0.01)
     assert decision.rungs[0] == 3 and decision.within_budget  # 16 bit, and it is on record
     assert [s["fits"] for s in decision.steps][0] is False
 
@@ -209,7 +210,7 @@ def test_forced_layers_say_that_they_are_over_budget():
     units = units_of([0.5, 0.001])
     for unit in units:
         del unit.rungs[1:]
-    decision = decide(units, judge_of(units), Options(layers="int4"))
+    decision = decide(units, judge_of(units), 0.01, "int4")
     assert decision.rungs == [0, 0] and not decision.within_budget
 
 

@@ -33,12 +33,8 @@ from lutra.methods import Block
 from lutra.methods.flattenquant import (
     SIXTEEN_BIT,
     Candidate,
-    Decision,
-    Unit,
-    decide,
     fold_site_of,
     ladder,
-    shares,
     solve_group,
     solve_head,
 )
@@ -46,6 +42,7 @@ from lutra.nn_flat import FlatLinear
 from lutra.runner.allocator import keep_freed_blocks
 from lutra.runner.walk import REPORT_NAME, Progress, _Walk
 from lutra.scheme import Format, Scheme
+from lutra.solvers.choose_bits import Decision, Unit, decide, shares
 
 logger = logging.getLogger(__name__)
 
@@ -395,7 +392,11 @@ class ModelWalk(_Walk):
                 judged[key] = self._judge(output, units, key)
             return {k: judged[key][k] for k in ("kl", "perplexity_ratio")}
 
-        decision = decide(units, judge, self.options)
+        options = self.options
+        decision = decide(
+            units, judge, options.budget, None if options.layers == "mixed" else options.layers,
+            "bits" if options.inputs == "int8" else "multiplies",
+        )  # fmt: skip
         decision.score = judged[tuple(decision.rungs)]
         content = json.dumps(asdict(decision)).encode()
         output.save_state(
