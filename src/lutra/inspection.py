@@ -216,8 +216,8 @@ def _described(
 
 #: What `lutra inspect` shows of each layer that a method chose bits for.
 CHOSEN = (
-    "rung", "growth", "alpha", "rotated", "threshold", "wide_channels", "wide_weights", "clipped_inputs",
-    "clipped_weights", "kl",
+    "rung", "growth", "alpha", "rotated", "threshold", "wide_channels", "wide_weights",
+    "clipped_inputs", "clipped_weights", "kl",
 )  # fmt: skip
 
 
