@@ -264,13 +264,15 @@ def inspect(
         return
     chosen = any("rung" in layer for layer in result["layers"])
     more = ("growth", "threshold", "clipped_inputs", "clipped_weights", "kl", "kernel")
-    keys = ("name", "format", "bits_per_weight") + (("rung", *more) if chosen else ())
+    keys = ("name", "format") + (("rung", *more) if chosen else ("bits_per_weight",))
     keys += tuple(k for k in ("kernel", "reason") if kernels and k not in keys)
     head = ("layer", *(k.replace("_", " ") for k in keys[1:]))
     _table(head, [tuple(_number(layer.get(k)) for k in keys) for layer in result["layers"]])
-    if kernels:
+    if kernels and any("runs_with" in layer for layer in result["layers"]):
         programs: dict[tuple[str, ...], list[str]] = {}
         for layer in result["layers"]:
+            if "runs_with" not in layer:
+                continue
             what = layer["name"].rpartition(".")[2]
             together = ", ".join(n.rpartition(".")[2] for n in layer["runs_with"])
             for row in _programs(layer["batches"]):
@@ -278,7 +280,10 @@ def inspect(
                 if what not in shown:
                     shown.append(what)
         _table(("layers of one product", "format", "tokens", "program", "reason"), programs)
-    _say(f"{result['bits_per_weight']:.3f} bits per weight over {len(result['layers'])} layers")
+    left = sum(layer["reason"] == "not quantized" for layer in result["layers"])
+    also = f"; {left} layers more are not quantized" if left else ""
+    packed = len(result["layers"]) - left
+    _say(f"{result['bits_per_weight']:.3f} bits per weight over {packed} layers{also}")
 
 
 @app.command()
@@ -637,7 +642,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_escape(cell) for cell in row))
-    Console(highlight=False).print(table)
+    # In a file or a pipe a row is one line, however long.
+    width = None if sys.stdout.isatty() else 1000
+    Console(highlight=False, width=width).print(table)
 
 
 def _number(value: Any) -> str:
