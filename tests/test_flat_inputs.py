@@ -266,3 +266,24 @@ def test_a_dropped_model_is_freed() -> None:
         assert layer() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_recorded_steps_leave_the_activation_to_the_layer(family: str, reads: list[Any]) -> None:
+    from lutra.runtime.step import DecodeStep
+
+    model = flat_model(family)
+    if family == "opt":
+        model.config.pad_token_id = 1
+    with torch.no_grad():
+        expected = model.generate(
+            IDS[:, :3], attention_mask=torch.ones(2, 3), max_new_tokens=6, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
+        step = DecodeStep(model, 2, 256)
+        assert step.fallback is None
+        step.prefill(IDS[:, :3])
+        for _ in range(5):
+            step.advance()
+    assert torch.equal(step.tokens[3:9].T, expected[:, 3:])
+    assert {type(before) for before in reads} == {Activation}

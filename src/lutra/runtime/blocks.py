@@ -27,6 +27,8 @@ from lutra.kernels.cuda.token_step import (
     prompt_attention,
     unsupported,
 )
+from lutra.kernels.flat.before import Activation
+from lutra.kernels.flat.deferred import Deferred
 from lutra.nn import QuantizedLinear
 from lutra.nn_flat import FlatLinear
 from lutra.runtime.cache import StepCache
@@ -120,9 +122,9 @@ class FusedBlocks:
 
         def mlp(x: Tensor) -> Tensor:
             if family.layer_norm:
-                return block.fc2(activation(block.fc1(x), gated=False))
+                return after_activation(block.fc2, block.fc1(x), gated=False)
             gate_up = joint_product((block.mlp.gate_proj, block.mlp.up_proj), x)
-            return block.mlp.down_proj(activation(gate_up, gated=True))
+            return after_activation(block.mlp.down_proj, gate_up, gated=True)
 
         def forward(
             hidden_states: Tensor | Unsummed,
@@ -224,6 +226,17 @@ def _attention_shape(block: Any) -> AttentionShape:
 
 def _epsilon(norm: Any) -> float:
     return float(norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon)
+
+
+def after_activation(layer: Any, x: Tensor, gated: bool) -> Tensor:
+    """The last layer of an MLP, with the activation before it or, if it can, on its way."""
+    if isinstance(layer, FlatLinear):
+        first, second = x.chunk(2, dim=-1) if gated else (x, None)
+        before = Activation("silu" if gated else "relu", second)
+        if layer.reads(before, x.dtype):
+            return layer(Deferred(first, before, lambda: activation(x, gated)))
+    y: Tensor = layer(activation(x, gated))
+    return y
 
 
 def joint_product(layers: tuple[Any, ...], x: Tensor) -> Tensor:
