@@ -4,11 +4,11 @@
 
 The weights are random (shapes and speed are those of the real model, texts are not), rounded to
 nearest with one scale for each output. 2 % of the channels of every input have twice the range of
-the others, so that flattening is at work. Every linear layer but the last is quantized; layers that
-share an input (q, k and v; gate and up) are one product, as flattening them together means. Which
-groups are 4 bits is drawn at random until their share of the multiplies reaches the one asked for.
-Norms before q, k, v and before gate, up, and the product of gate and up, are computed on the way to
-the integers; with ``--plain`` they are transformers' own, as everything else is in both runs.
+the others, so that flattening is at work. Every linear layer of the blocks becomes a
+:class:`lutra.nn_flat.FlatLinear` in transformers' own model, which is then made ready as a loaded
+checkpoint is: layers of one input are one product, and norms and activations are left to the layers
+that read them. ``--plain`` leaves both out. Which groups are 4 bits is drawn at random until their
+share of the multiplies reaches the one asked for. With ``--head`` the head is 8 bits too.
 
 Times are medians over forward passes of ``batch x length`` tokens that fill a key-value cache and
 compute the logits of the last token. Resident bytes are those of all parameters and prepared
@@ -29,127 +29,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lutra.architectures import architecture_of
 from lutra.formats.flat import FlatWeight, largest_digit, pack_digits
 from lutra.nn_flat import FlatLinear
+from lutra.runtime.flat_inputs import defer
+from lutra.siblings import join_siblings
 
-GROUPS = (
-    ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    ("self_attn", ("o_proj",)),
-    ("mlp", ("gate_proj", "up_proj")),
-    ("mlp", ("down_proj",)),
-)
 WIDE_SHARE = 0.02
 
 
-class SharedInput(nn.Module):
-    """Several layers with one input as one product; the first that is called computes it."""
-
-    def __init__(self, layer: FlatLinear, sizes: list[int], norm: nn.Module | None) -> None:
-        super().__init__()
-        self.layer, self.sizes, self.norm = layer, sizes, norm
-        self._input: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
-        self._left = 0
-
-    def part(self, x: Tensor, index: int) -> Tensor:
-        if self._input is not x:
-            self._input, self._left = x, len(self.sizes)
-            self._parts = self.multiply(x).split(self.sizes, dim=-1)
-        y = self._parts[index]
-        self._left -= 1
-        if self._left == 0:
-            self._input, self._parts = None, ()
-        return y
-
-
-    def multiply(self, x: Tensor) -> Tensor:
-        if self.norm is None:
-            return self.layer(x)
-        layer = self.layer
-        assert layer.choice is not None
-        return layer.choice.kernel.norm_linear(
-            x, self.norm.weight, self.norm.variance_epsilon, layer._prepared, None, layer._spec
-        )
-
-
-class GatedDown(nn.Module):
-    """The last layer of an MLP, which takes silu(gate) * up."""
-
-    def __init__(self, shared: SharedInput, down: FlatLinear) -> None:
-        super().__init__()
-        self.shared, self.down = shared, down
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.shared.multiply(x).split(self.shared.sizes, dim=-1)
-        down = self.down
-        assert down.choice is not None
-        return down.choice.kernel.gated_linear(gate, up, down._prepared, None, down._spec)
-
-
-class Part(nn.Module):
-    """One of the layers of a :class:`SharedInput`."""
-
-    def __init__(self, shared: SharedInput, index: int) -> None:
-        super().__init__()
-        self.shared, self.index = shared, index
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.shared.part(x, self.index)
-
-
-def flat_weight(weight: Tensor, bits: int, generator: torch.Generator) -> FlatWeight:
+def flat_layer(weight: Tensor, bits: int, wide: Tensor | None) -> FlatLinear:
     """Rounded to nearest, with a scale for each output and some wide channels."""
     most = largest_digit(bits)
     scale = weight.float().abs().amax(1) / most
     digits = (weight.float() / scale[:, None]).round().to(torch.int8)
     limit = torch.full((weight.shape[1],), most, dtype=torch.int32, device=weight.device)
-    wide = torch.randperm(weight.shape[1], generator=generator)[: int(WIDE_SHARE * len(limit))]
-    limit[wide.to(weight.device)] *= 2
+    if wide is not None:
+        limit[wide] *= 2
     none = torch.empty(0, dtype=torch.int32, device=weight.device)
-    return FlatWeight(pack_digits(digits, bits), scale, limit, none, bits, weight.shape[1])
+    packed = FlatWeight(pack_digits(digits, bits), scale, limit, none, bits, weight.shape[1])
+    return FlatLinear.from_weight(packed)
 
 
-def quantize(model: nn.Module, int4_share: float, seed: int, plain: bool) -> dict[str, Any]:
+def quantize(
+    model: Any, int4_share: float, seed: int, plain: bool, with_head: bool
+) -> dict[str, Any]:
     """Replace the linear layers of the decoder; returns the shares at 4 bits."""
     chooser = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    groups = [
-        (getattr(block, part), names) for block in model.model.layers for part, names in GROUPS
-    ]
-    sizes = [sum(getattr(p, n).weight.numel() for n in names) for p, names in groups]
-    order = chooser.sample(range(len(groups)), len(groups))
+    entry = architecture_of(model.config)
+    groups = [(block, paths) for block in model.model.layers for paths in entry.groups]
+    sizes = [sum(b.get_submodule(p).weight.numel() for p in paths) for b, paths in groups]
     at_four: set[int] = set()
     total, four = sum(sizes), 0
-    for index in order:
+    for index in chooser.sample(range(len(groups)), len(groups)):
         if four + sizes[index] / 2 <= int4_share * total:
             at_four.add(index)
             four += sizes[index]
-    layers = 0
-    for index, (parent, names) in enumerate(groups):
-        bits = 4 if index in at_four else 8
-        weights = [getattr(parent, name).weight for name in names]
-        layer = FlatLinear.from_weight(flat_weight(torch.cat(weights), bits, generator))
-        layer.prepare(torch.bfloat16)
-        assert layer.choice is not None and layer.choice.kernel.name == "cuda-flat", layer.choice
-        if len(names) == 1:
-            setattr(parent, names[0], layer)
-        else:
-            block = model.model.layers[index // len(GROUPS)]
-            before = "input_layernorm" if "q_proj" in names else "post_attention_layernorm"
-            norm = None if plain else getattr(block, before)
-            shared = SharedInput(layer, [len(w) for w in weights], norm)
-            if not plain:
-                setattr(block, before, nn.Identity())
-            for place, name in enumerate(names):
-                setattr(parent, name, Part(shared, place))
-        layers += bits == 4
+    for index, (block, paths) in enumerate(groups):
+        inputs = block.get_submodule(paths[0]).weight.shape[1]
+        wide = torch.randperm(inputs, generator=generator)[: int(WIDE_SHARE * inputs)].cuda()
+        for path in paths:
+            weight = block.get_submodule(path).weight
+            block.set_submodule(path, flat_layer(weight, 4 if index in at_four else 8, wide))
+    if with_head:
+        model.lm_head = flat_layer(model.lm_head.weight, 8, None)
+    found = {}
     if not plain:
-        for block in model.model.layers:
-            block.mlp = GatedDown(block.mlp.gate_proj.shared, block.mlp.down_proj)
+        found = {"joint_products": join_siblings(model), "left_to_layers": defer(model)}
+    for module in model.modules():
+        if isinstance(module, FlatLinear):
+            module.prepare_if_local(torch.bfloat16)
+            assert module.choice is not None and module.choice.kernel.name == "cuda-flat"
     return {
         "int4_share_of_multiplies": round(four / total, 4),
-        "int4_share_of_groups": round(layers / len(groups), 4),
-    }
+        "int4_share_of_groups": round(len(at_four) / len(groups), 4), **found,
+    }  # fmt: skip
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -158,7 +93,7 @@ def resident_bytes(model: nn.Module) -> int:
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, FlatLinear):
-            tensors += module._prepared
+            tensors += module.prepared_tensors()
     for tensor in tensors:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
@@ -190,7 +125,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="both runs through torch.compile")
-    parser.add_argument("--plain", action="store_true", help="norms and gates by themselves")
+    parser.add_argument("--plain", action="store_true", help="every layer and norm by itself")
+    parser.add_argument("--head", action="store_true", help="the head in 8 bits too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -217,7 +153,7 @@ def main() -> None:
         "command": " ".join(sys.argv), "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
         "batch": options.batch, "length": options.length, "compiled": options.compile,
-        "norms_and_gates_on_the_way": not options.plain,
+        "plain": options.plain, "head_8_bits": options.head,
         "bf16_ms": round(dense_ms, 2), "bf16_worst_ms": round(dense_worst, 2),
         "bf16_bytes": dense_bytes, "runs": [],
     }  # fmt: skip
@@ -227,7 +163,7 @@ def main() -> None:
             del model
             torch.cuda.empty_cache()
             model = build()
-        row = quantize(model, share, options.seed, options.plain)
+        row = quantize(model, share, options.seed, options.plain, options.head)
         run = torch.compile(model) if options.compile else model
         ms, worst, logits = prefill_ms(run, tokens, options.repeats)
         own = resident_bytes(model)
