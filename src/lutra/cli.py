@@ -226,15 +226,24 @@ def generate(
     """Continue a prompt; the text appears as it is made."""
     from lutra.generate import generate as run
 
+    shown = False
+
     def show(piece: str) -> None:
+        nonlocal shown
+        shown = True
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    result = run(
-        model, prompt, max_new_tokens, bits=bits, device=device, dtype=dtype,
-        temperature=temperature, top_p=top_p, seed=seed, tensor_parallel=tensor_parallel,
-        stream=None if as_json or _is_helper() else show,
-    )  # fmt: skip
+    try:
+        result = run(
+            model, prompt, max_new_tokens, bits=bits, device=device, dtype=dtype,
+            temperature=temperature, top_p=top_p, seed=seed, tensor_parallel=tensor_parallel,
+            stream=None if as_json or _is_helper() else show,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        if shown:  # the text so far has a line of its own
+            sys.stdout.write("\n")
+        raise
     if _is_helper():
         return
     if as_json:
