@@ -26,6 +26,7 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     from matplotlib import pyplot
 
     packed = [row for row in rows if row["speedup_vs_dense"] and 0 < row["bits"] < 16]
