@@ -594,9 +594,11 @@ class ModelWalk(_Walk):
         }
         if not decision.within_budget:
             logger.warning(
-                "the model is over its budget: perplexity rises by %.2f %% where %.2f %% were "
-                "allowed, on text that the weights were not fitted to",
-                100 * (score["perplexity_ratio"] - 1), 100 * self.options.budget,
+                "the model is over its budget of %.2f %%, on text that the weights were not fitted "
+                "to: perplexity rises by %.2f %%, and the predictions diverge by %.4f nats where "
+                "%.4f were allowed",
+                100 * self.options.budget, 100 * (score["perplexity_ratio"] - 1), score["kl"],
+                math.log1p(self.options.budget),
             )  # fmt: skip
         return report
 
