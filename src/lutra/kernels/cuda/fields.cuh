@@ -15,7 +15,12 @@ __host__ __device__ constexpr int field_position(int b) {
   return WIDTH == 1 ? b % 10 : WIDTH == 2 ? (b & ~1) % 10 : WIDTH == 3 ? (b < 14 ? b % 8 : b - 14) : (b & ~3) % 8;
 }
 
-DEVICE u32 choose_bits(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
+// One instruction, whatever is known of the mask: the compiler would make two of nested ones.
+DEVICE u32 choose_bits(u32 mask, u32 a, u32 b) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(mask), "r"(a), "r"(b));
+  return d;
+}
 
 // The words of one row from which pairs are cut.
 struct Fields {
