@@ -14,6 +14,7 @@ import torch
 
 from lutra.formats.bitplanes import BitPlanes, groups_per_row
 from lutra.kernels.cuda import CudaKernel, kernels, tuning
+from lutra.kernels.cuda.batch_plans import batch_plans, batch_sizes
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import from_kernel_order, layout_of, to_kernel_order
 from lutra.kernels.cuda.plans import (
@@ -93,6 +94,16 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
                     assert field.shared_bytes <= card.shared_bytes
                     assert (field.shared_bytes + 1024) * field.blocks <= card.processor_shared_bytes
                     assert field.row_blocks * field.warpgroups * 64 >= shape[0]
+                batches = batch_plans(layout, False, 2, tokens, card)
+                takes = card is H200 and layout.group >= 128 and bits <= 4 and tokens <= 64
+                assert takes or not batches
+                assert batches or not takes or tokens > 32 or shape[1] > 8192  # x needs room
+                for batch in batches:
+                    sizes = batch_sizes(batch, layout, False)
+                    rows = batch.clusters * batch.warps // batch.k_warps * batch.tiles * 16
+                    assert rows * sizes.passes >= shape[0]
+                    assert sizes.shared_bytes < card.shared_bytes
+                    assert sizes.x_slices * batch.panels * batch.cluster >= layout.items * 2
                 codes = code_plans(layout, False, 2, tokens, card)
                 assert bool(codes) == (card is H200 and layout.group >= 128 and bits <= 4)
                 for code in codes:
@@ -173,7 +184,7 @@ def test_argument_structs_mirror_the_sources() -> None:
         "binary_linear": products._FewArguments, "byte_linear": products._FewArguments,
         "arrange": products._ArrangeArguments, "field_linear": products._FieldArguments,
         "code_linear": products._CodeArguments, "steps": products._StepsArguments,
-        "dequantize": products._DequantizeArguments,
+        "dequantize": products._DequantizeArguments, "batch_linear": products._BatchArguments,
     }
     assert ctypes.sizeof(products._CodeArguments) % 64 == 0  # as the compiler pads it
     for name, struct in structs.items():

@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cache
 
+from lutra.kernels.cuda.batch_plans import BatchPlan
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
 
@@ -114,7 +115,7 @@ class DensePlan:
     rows: int
 
 
-Plan = FewPlan | FieldPlan | CodePlan | DensePlan
+Plan = FewPlan | BatchPlan | FieldPlan | CodePlan | DensePlan
 
 
 @cache

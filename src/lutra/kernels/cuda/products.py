@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lutra.errors import KernelError, ResourceError
+from lutra.kernels.cuda.batch_plans import BatchPlan, batch_sizes
 from lutra.kernels.cuda.launch import Card, Function, card, function, word_boxes
 from lutra.kernels.cuda.layout import TILE_ROWS, Layout, scales_size
 from lutra.kernels.cuda.plans import (
@@ -95,6 +96,17 @@ class _CodeArguments(ctypes.Structure):
     ]
 
 
+class _BatchArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("steps", ctypes.c_void_p),
+        *_FewArguments._fields_[2:-2],
+        ("k_warps", ctypes.c_int),
+        ("sums_offset", ctypes.c_int),
+    ]
+
+
 class _DequantizeArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p),
@@ -155,6 +167,17 @@ def code_defines(
     }
 
 
+def batch_defines(
+    plan: BatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
+) -> dict[str, int]:
+    """Compile-time parameters of `batch_linear.cu`."""
+    one_plane = layout.bits == 1  # levels of one plane are uniform
+    return format_defines(layout, uniform or one_plane, scale, x) | {
+        "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages,
+        "BLOCKS": plan.blocks, "PANELS": plan.panels, "SIGNS": plan.signs,
+    }
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -181,6 +204,44 @@ def few_linear(
         layout.items, layout.groups, layout.items_per_group, plan.panel_items, plan.k_warps,
     )
     kernel(arguments, (plan.grid, 1, 1), plan.warps * 32)
+
+
+@cache
+def _batch_function(
+    plan: BatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype,
+    device: Card,
+) -> Function:
+    shared = batch_sizes(plan, layout, uniform).shared_bytes
+    defines = batch_defines(plan, layout, uniform, scale, x)
+    return function("batch_linear", defines, device, shared)
+
+
+def batch_linear(
+    plan: BatchPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
+    layout: Layout, uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for up to ``plan.tokens`` rows of x; unit inner strides."""
+    if has_steps(layout, uniform) and not plan.signs:
+        _check_steps(scales, layout)
+    kernel = _batch_function(
+        plan, layout, uniform, scales.dtype, x.dtype, card(x.device.index)
+    )
+    sizes = batch_sizes(plan, layout, uniform)
+    arguments = _BatchArguments(
+        planes.data_ptr(), scales.data_ptr(), scales.data_ptr() + 2 * scales_size(layout),
+        x.data_ptr(), _pointer(bias), y.data_ptr(), x.stride(0), y.stride(0), layout.rows,
+        layout.inputs, x.shape[0], layout.tiles, layout.items, layout.groups,
+        layout.items_per_group, plan.k_warps, sizes.sums_offset,
+    )
+    kernel(arguments, (plan.cluster * plan.clusters, 1, 1), plan.warps * 32, plan.cluster)
+
+
+def _check_steps(scales: Tensor, layout: Layout) -> None:
+    if scales.numel() == scales_size(layout):
+        raise KernelError(
+            "this weight was prepared without the steps of its levels, which products of more "
+            "than a few tokens need; prepare it with CudaKernel.prepare"
+        )
 
 
 @cache
@@ -250,11 +311,8 @@ def code_linear(
     layout: Layout, uniform: bool,
 ) -> None:
     """``y = x @ W.T + bias`` for any number of rows of x on Hopper; up to 4 bits."""
-    if has_steps(layout, uniform) and scales.numel() == scales_size(layout):
-        raise KernelError(
-            "this weight was prepared without the steps of its levels, which products of more "
-            "than a few tokens need; prepare it with CudaKernel.prepare"
-        )
+    if has_steps(layout, uniform):
+        _check_steps(scales, layout)
     tokens, slices = x.shape[0], layout.items * 2
     arrange, kernel = _code_functions(
         plan, layout, uniform, scales.dtype, x.dtype, card(x.device.index)
@@ -385,10 +443,13 @@ def run(
 
     A plan for few tokens takes more of them in several launches.
     """
-    if isinstance(plan, FewPlan):
+    if isinstance(plan, FewPlan | BatchPlan):
         for i in range(0, x.shape[0], plan.tokens):
             part = slice(i, i + plan.tokens)
-            few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
+            if isinstance(plan, FewPlan):
+                few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
+            else:
+                batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
         return True
     if isinstance(plan, FieldPlan):
         field_linear(plan, x, planes, scales, bias, y, layout, uniform)
@@ -425,6 +486,8 @@ def plan_instances(
     """Kernel files that a plan launches, each with its compile-time parameters."""
     if isinstance(plan, FewPlan):
         return [(plan.kernel, few_defines(plan, layout, uniform, scale, x))]
+    if isinstance(plan, BatchPlan):
+        return [("batch_linear", batch_defines(plan, layout, uniform, scale, x))]
     if isinstance(plan, FieldPlan):
         arrange, main = field_defines(plan, layout, uniform, scale, x)
         return [("arrange", arrange), ("field_linear", main)]
@@ -447,6 +510,8 @@ def load(
         plan, _ = choose(layout, uniform, scale.itemsize, count, gpu)
         if isinstance(plan, FewPlan):
             _few_function(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, BatchPlan):
+            _batch_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, FieldPlan):
             _field_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, CodePlan):

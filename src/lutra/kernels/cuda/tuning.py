@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lutra.kernels.cuda.batch_plans import BatchPlan, batch_fits, batch_plans
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import Layout
 from lutra.kernels.cuda.nvrtc import cache_folder
@@ -53,9 +54,9 @@ FEW_TOKENS_SMALL = {True: 8, False: 16}
 SMALL_WEIGHTS = 24 << 20
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 FIELD_TOKENS = {True: 320, False: 128}
-_PLANS: dict[str, type[FewPlan] | type[FieldPlan] | type[CodePlan] | type[DensePlan]] = {
-    "binary_linear": FewPlan, "byte_linear": FewPlan, "field_linear": FieldPlan,
-    "code_linear": CodePlan, "dense": DensePlan,
+_PLANS: dict[str, Callable[..., Plan]] = {
+    "binary_linear": FewPlan, "byte_linear": FewPlan, "batch_linear": BatchPlan,
+    "field_linear": FieldPlan, "code_linear": CodePlan, "dense": DensePlan,
 }
 
 
@@ -130,6 +131,8 @@ def _fits(
     """Whether a plan read from a file can run, whichever version made it."""
     if isinstance(plan, FewPlan):
         return plan in few_plans(layout, scale_bytes, tokens, device)
+    if isinstance(plan, BatchPlan):
+        return batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, FieldPlan):
         possible = field_plans(layout, uniform, tokens, device)
         need = field_shared_bytes(plan.tokens, plan.warpgroups, plan.stages)
@@ -145,7 +148,7 @@ def _fits(
         return (
             bool(code_plans(layout, uniform, scale_bytes, tokens, device))
             and plan.tokens in CODE_REGISTERS
-            and 1 <= plan.warpgroups <= 4
+            and 1 <= plan.warpgroups <= 7
             and plan.stages > 3
             and plan.ahead in (0, 1)
             and plan.near_tiles > 0
@@ -161,6 +164,7 @@ def candidates(
     """Plans worth measuring."""
     plans: list[Plan] = list(few_plans(layout, scale_bytes, tokens, device))
     if tokens > 4:
+        plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_plans(layout, uniform, scale_bytes, tokens, device)[:8]
     if tokens > 1 and not any(isinstance(plan, CodePlan) for plan in plans):
         plans += field_plans(layout, uniform, tokens, device)[:6]
