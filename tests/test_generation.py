@@ -17,6 +17,7 @@ from conftest import TINY_FAMILIES
 from quantized import make_source, quantize_tiny
 
 import lutra
+from lutra.bench.tokens import PROMPTS, compare_tokens, reference_tokens
 from lutra.errors import LutraError
 from lutra.runtime import generation
 from lutra.runtime.step import DecodeStep, capacity_for, likeliest
@@ -273,3 +274,31 @@ def test_eager_compiled_and_recorded_give_the_same_tokens(family, device, tmp_pa
     _assert_same(plain, ids, wanted)
     _assert_same(plain, model.generate(prompt, max_new_tokens=6, do_sample=False), wanted)
     assert _steps(model)[0].is_recorded == (device == "cuda")
+
+
+def test_tokens_are_compared_with_a_reference(tmp_path):
+    src = make_source(tmp_path / "src", "llama")
+    quantize_tiny(src, tmp_path / "out", "rtn", 4)
+    wanted = reference_tokens(tmp_path / "out", PROMPTS[:3], 12)
+    found = compare_tokens(tmp_path / "out", wanted, "cpu", "float32")
+    assert (found["equal"], found["ties"], found["other"]) == (3, 0, 0)
+    wanted[1]["tokens"][4] ^= 1
+    wanted[2]["tokens"][7] ^= 1
+    wanted[2]["gaps"][7] = 1e-4
+    found = compare_tokens(tmp_path / "out", wanted, "cpu", "float32")
+    assert (found["equal"], found["ties"], found["other"]) == (1, 1, 1)
+    assert [(d["prompt"], d["at"]) for d in found["departures"]] == [(1, 4), (2, 7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["stories260k", "tinystories-656k", "wiki-opt-34m", "wiki-llama-63m"]
+)
+def test_trained_models_give_the_tokens_of_a_cpu(name, shared, tmp_path):
+    lutra.quantize(
+        shared / "models" / name, tmp_path / "out", method="rtn", bits=4, group_size=32
+    )  # fmt: skip
+    wanted = reference_tokens(tmp_path / "out")
+    found = compare_tokens(tmp_path / "out", wanted, "cuda", "float32")
+    assert found["other"] == 0, found
+    assert found["recorded"]
