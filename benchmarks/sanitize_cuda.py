@@ -246,13 +246,19 @@ def run_part(name: str) -> None:
     print("RAN", dict(ran), flush=True)
 
 
-def check(part: str, tool: str, seconds: float) -> tuple[bool, str]:
-    """Whether a part is clean under a tool, and what there is to say."""
+def check(part: str, tool: str, seconds: float, kernels: str) -> tuple[bool, str]:
+    """Whether a part is clean under a tool, and what there is to say.
+
+    Args:
+        kernels: names of the kernels that the tool looks at; all of ours if empty.
+    """
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     more = ["--racecheck-report", "all"] if tool == "racecheck" else []
     # Only our kernels: racecheck takes barriers of cuBLAS for none. cuda-bindings asks the driver
     # for functions that it does not have, which is no error.
-    names = sorted(path.stem for path in Path(nvrtc.__file__).parent.glob("*.cu"))
+    names = kernels.split(",") if kernels else sorted(
+        path.stem for path in Path(nvrtc.__file__).parent.glob("*.cu")
+    )  # fmt: skip
     command = [
         sanitizer, "--tool", tool, *more, "--print-limit", "20", "--report-api-errors", "no",
         "--kernel-name", f"regex=^({'|'.join(names)})$", sys.executable, __file__, "--run", part,
@@ -279,6 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--kernels", default="", help="look at these only; all run")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600, help="for one part under one tool")
     parser.add_argument("--run", help="run one part here, without a tool")
@@ -289,7 +296,7 @@ def main() -> None:
     pairs = [(p, t) for t in options.tools.split(",") for p in options.parts.split(",")]
     bad = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda pair: check(*pair, options.seconds), pairs)
+        found = pool.map(lambda pair: check(*pair, options.seconds, options.kernels), pairs)
         for (part, tool), (clean, text) in zip(pairs, found, strict=True):
             print(f"{tool:10} {part:28} {'clean' if clean else 'NOT CLEAN'}  {text}", flush=True)
             bad += not clean
