@@ -19,7 +19,7 @@ from lutra.kernels.flat import reference
 from lutra.kernels.flat.before import Activation, Norm
 from lutra.kernels.flat.deferred import Deferred
 from lutra.nn_flat import FlatLinear
-from lutra.runtime.flat_inputs import defer
+from lutra.runtime.flat_inputs import before_of, defer
 from lutra.siblings import join_siblings
 from lutra.siblings_flat import FlatSiblings, joint_columns
 
@@ -287,3 +287,51 @@ def test_recorded_steps_leave_the_activation_to_the_layer(family: str, reads: li
             step.advance()
     assert torch.equal(step.tokens[3:9].T, expected[:, 3:])
     assert {type(before) for before in reads} == {Activation}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_on_a_gpu(family: str, bits: int) -> None:
+    model = flat_model(family, bits).to("cuda", torch.bfloat16)
+    ids = IDS.cuda()
+    with torch.no_grad():
+        plain = model(ids).logits
+        assert {m.choice.kernel.name for m in model.modules() if isinstance(m, FlatLinear)} == {
+            "cuda-flat"
+        }
+        join_siblings(model)
+        model.to("cpu").to("cuda")
+        assert torch.equal(model(ids).logits, plain)
+        assert defer(model) > 0
+        found = model(ids).logits
+        error = (found - plain).double().norm() / plain.double().norm()
+        assert error < 0.05, error  # a norm may round otherwise, and so an integer
+        for module in model.modules():  # activations alone
+            if isinstance(before_of(module), Norm):
+                module.__dict__.pop("forward", None)
+        assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tokens_on_a_gpu_are_recorded(dtype: torch.dtype) -> None:
+    """Float32 runs the reference, which can be captured too."""
+    from lutra.runtime.step import DecodeStep
+
+    model = flat_model("llama").to("cuda", dtype)
+    join_siblings(model)
+    defer(model)
+    with torch.no_grad():
+        step = DecodeStep(model, 2, 256, greedy=False)
+        ids = IDS.cuda()
+        step.prefill(ids[:, :3])
+        for place in range(3, 6):
+            step.ids.copy_(ids[:, place : place + 1])
+            found = step.advance()
+        expected = model(ids).logits[:, -1]
+    assert step.is_recorded
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.1)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+import lutra.kernels.cuda.flat_ops  # noqa: F401  (registers the ops)
 from lutra.errors import LutraError
-from lutra.formats.flat import FlatWeight, largest_digit
+from lutra.formats.flat import FlatWeight, largest_digit, rotate_inputs
 from lutra.kernels.flat import FlatSpec
 from lutra.kernels.flat.before import ACTIVATIONS, Activation, Norm, apply
 from lutra.kernels.flat.lowering import SMALLEST_STEP, activation_digits, quantize_input
@@ -299,6 +300,19 @@ def test_torch_compile_and_opcheck() -> None:
         return kernel.linear(x * 2, prepared, bias, spec) + 1
 
     assert torch.equal(function(x), reference_linear(x * 2, layer, bias) + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [32, 64, 256, 1024])
+def test_rotated_inputs(block: int, dtype: torch.dtype) -> None:
+    """The bits of the definition in torch; blocks of any channels, rows that lie apart."""
+    for inputs, tokens in ((1100, 0), (1100, 1), (1031, 7), (4096, 300), (14336, 9)):
+        blocks = (inputs - 1) // block
+        order = torch.randperm(inputs, device=CUDA)[: blocks * block].to(torch.int32)
+        rotated = order.view(blocks, block)
+        x = (torch.randn(tokens, inputs + 3, device=CUDA) * 10).to(dtype)[:, 1 : inputs + 1]
+        y = torch.ops.lutra.cuda_flat_rotate(x, rotated)
+        assert torch.equal(y, rotate_inputs(x, rotated)), (inputs, tokens)
 
 
 SIZES = ((256, 3), (1013, 100), (2048, 70), (8200, 300), (17000, 100))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lutra.formats.flat import FlatWeight, rotate_inputs
+from lutra.formats.flat import FlatWeight
 from lutra.formats.layers import flat_format, stored_tensor_shapes
 from lutra.kernels.dispatch import Choice
 from lutra.kernels.flat import FlatKernel, FlatSpec, choose
@@ -263,7 +263,7 @@ def product(
 ) -> Tensor:
     """A layer, or several as one, of an input that may bring along what comes before the layer."""
     if rotated is not None:
-        x = rotate_inputs(x.value() if isinstance(x, Deferred) else x, rotated)
+        x = kernel.rotate(x.value() if isinstance(x, Deferred) else x, rotated, spec)
     if isinstance(x, Deferred):
         if not x.is_computed and kernel.reads(x.before, spec):
             return kernel.linear_of(x.source, x.before, prepared, bias, spec)

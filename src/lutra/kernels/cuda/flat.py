@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lutra.kernels.cuda.flat_ops  # noqa: F401  (registers the ops)
-from lutra.formats.flat import FlatWeight
+from lutra.formats.flat import FlatWeight, rotate_inputs
 from lutra.kernels.flat import FlatKernel, FlatSpec
 from lutra.kernels.flat.before import Before, Norm
 
@@ -100,6 +100,14 @@ class CudaFlatKernel(FlatKernel):
         return torch.ops.lutra.cuda_flat_linear(
             x, *prepared, bias, spec.out_features, spec.in_features
         )
+
+    def rotate(self, x: Tensor, rotated: Tensor, spec: FlatSpec) -> Tensor:
+        from lutra.kernels.cuda.flat_products import rotates
+        from lutra.kernels.cuda.launch import card
+
+        if not rotates(spec.in_features, rotated.shape[1], card(x.device.index)):
+            return rotate_inputs(x, rotated)
+        return torch.ops.lutra.cuda_flat_rotate(x, rotated)
 
     def reads(self, before: Before, spec: FlatSpec) -> bool:
         from lutra.kernels.cuda.flat_products import can_come_before

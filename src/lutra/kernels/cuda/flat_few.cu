@@ -151,6 +151,7 @@ flat_few(const __grid_constant__ Arguments p) {
     }
   }
   wait_for_previous_kernel();   // it may have written the steps and may still read y
+  __syncthreads();   // which the cluster's barrier implies; tools that look for races only know this one
   cluster_sync();
   const int count = TOKENS * FEATURES / 4;
   for (int i = part * THREADS + threadIdx.x; i < count; i += parts * THREADS) {

@@ -185,24 +185,32 @@ flat_linear(const __grid_constant__ Arguments p) {
   if (warpgroup == 0) {
     give_registers<FETCH_REGISTERS>();
     if (threadIdx.x == 0) {
+      const auto fetch_weights = [&](int at, int k, int feature) {
+        const u32 stage = stages + at * STAGE_BYTES, barrier = full + 8 * at;
+        barrier_expect(barrier, STAGE_BYTES);
+#if WEIGHT_BITS == 8
+        copy_box(stage + X_BYTES, p.w, k * K_TILE, feature, barrier);
+#else
+        for (int g = 0; g < WARPGROUPS; g++)
+          copy_bulk(stage + X_BYTES + g * W_GROUP_BYTES,
+                    p.packed + ((long long)(feature / 64 + g) * p.k_tiles + k) * W_GROUP_BYTES, W_GROUP_BYTES,
+                    barrier);
+#endif
+      };
+      // Weights of the first stages do not wait for the kernel before this one.
+      const int first = min(STAGES, p.k_tiles), feature = Tile(p, blockIdx.x).feature;
+      for (int k = 0; k < first; k++) fetch_weights(k, k, feature);
       wait_for_previous_kernel();
       Position at;
       at.parity = 1;   // the stages are free at first
       for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const Tile tile(p, index);
         for (int k = 0; k < p.k_tiles; k++) {
-          const u32 stage = stages + at.stage * STAGE_BYTES, barrier = full + 8 * at.stage;
-          barrier_wait(empty + 8 * at.stage, at.parity);
-          barrier_expect(barrier, STAGE_BYTES);
-#if WEIGHT_BITS == 8
-          copy_box(stage + X_BYTES, p.w, k * K_TILE, tile.feature, barrier);
-#else
-          for (int g = 0; g < WARPGROUPS; g++)
-            copy_bulk(stage + X_BYTES + g * W_GROUP_BYTES,
-                       p.packed + ((long long)(tile.feature / 64 + g) * p.k_tiles + k) * W_GROUP_BYTES,
-                       W_GROUP_BYTES, barrier);
-#endif
-          copy_box(stage, p.x, k * K_TILE, tile.token, barrier);
+          if (index != blockIdx.x || k >= first) {
+            barrier_wait(empty + 8 * at.stage, at.parity);
+            fetch_weights(at.stage, k, tile.feature);
+          }
+          copy_box(stages + at.stage * STAGE_BYTES, p.x, k * K_TILE, tile.token, full + 8 * at.stage);
           at.next();
         }
       }

@@ -20,6 +20,7 @@ library.define(
     "cuda_flat_linear_of(Tensor x, Tensor? second, Tensor? third, int input, int act, "
     f"float epsilon, {_PREPARED}, Tensor? bias, int out_features, int in_features) -> Tensor"
 )
+library.define("cuda_flat_rotate(Tensor x, Tensor rotated) -> Tensor")
 library.define(f"cuda_flat_quantize(Tensor x, {_PREPARED}, int in_features) -> (Tensor, Tensor)")
 
 
@@ -147,6 +148,24 @@ def _linear_of(
     return y.view(*x.shape[:-1], out_features)
 
 
+@torch.library.register_fake("lutra::cuda_flat_rotate", lib=library)
+def _(x: Tensor, rotated: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rotate(x: Tensor, rotated: Tensor) -> Tensor:
+    from lutra.kernels.cuda import flat_products
+
+    torch._check(
+        rotated.dtype == torch.int32 and rotated.dim() == 2 and rotated.device == x.device,
+        lambda: f"rotated inputs are int32 [blocks, block] on {x.device}, not {rotated.dtype} "
+        f"{tuple(rotated.shape)} on {rotated.device}",
+    )
+    rows = x.reshape(-1, x.shape[-1])
+    return flat_products.rotate(rows, rotated.contiguous()).view(x.shape)
+
+
+library.impl("cuda_flat_rotate", _rotate, "CUDA")
 library.impl("cuda_flat_linear", _linear, "CUDA")
 library.impl("cuda_flat_linear_of", _linear_of, "CUDA")
 library.impl("cuda_flat_quantize", _quantize, "CUDA")

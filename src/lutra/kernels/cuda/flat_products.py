@@ -88,14 +88,12 @@ def quantize_plan(inputs: int, tokens: int, kind: int = 0) -> QuantizePlan:
     if each > MOST_VECTORS:
         return QuantizePlan(512, 0, False, 2)
     # Measured on an H200; `registers` is what the compiler needs for it, but for a few bytes.
-    ahead, registers = kind == 0 or each <= 4, 72 if kind == 0 else 128
-    if kind == 1 and each <= 4:
-        ahead, registers = False, 80
-    elif kind == 4 and vectors % 64 == 0 and vectors <= 2048:
-        each, registers = 2, 72
+    ahead, registers = kind == 0, 96 if kind in (1, 2) else 72
+    if kind == 3 and vectors >= 2048:
+        each, ahead = max(each, 8), each <= 8
     elif kind == 4 and vectors <= 4096:
-        each, ahead, registers = 4, False, 64
-    elif each > 4:
+        each = 4
+    if each > 4:
         registers = 128
     threads = -(-vectors // each // 32) * 32
     return QuantizePlan(threads, each, ahead, max(1, 65536 // (registers * threads)))
@@ -201,6 +199,49 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 def _pointer(tensor: Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() else None
+
+
+# ---- rotating activations
+
+
+class _RotateArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("index", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong), ("tokens", ctypes.c_int), ("inputs", ctypes.c_int),
+        ("blocks", ctypes.c_int), ("factor", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def rotates(inputs: int, block: int, device: Card) -> bool:
+    """Whether `flat_rotate.cu` serves rows of so many inputs with blocks of this size."""
+    return 32 <= block <= 1024 and 2 * inputs <= device.shared_bytes - 1024
+
+
+def rotate_instance(
+    inputs: int, block: int, dtype: torch.dtype, device: Card
+) -> tuple[str, dict[str, int], int]:
+    """Kernel file, compile-time parameters and bytes of shared memory."""
+    tokens = max(1, min(4, (device.shared_bytes - 1024) // (2 * inputs)))
+    defines = {"X_TYPE": _X_TYPES[dtype], "BLOCK": block, "TOKENS": tokens, "THREADS": 512}
+    return "flat_rotate", defines, tokens * inputs * 2
+
+
+def rotate(x: Tensor, rotated: Tensor) -> Tensor:
+    """:func:`lutra.formats.flat.rotate_inputs` of ``x`` ``[tokens, in]``, bit for bit."""
+    device = card(x.device.index)
+    tokens, inputs = x.shape
+    blocks, block = rotated.shape
+    y = torch.empty((tokens, inputs), dtype=x.dtype, device=x.device)
+    if tokens == 0:
+        return y
+    x, stride = _rows_of(x)
+    name, defines, shared = rotate_instance(inputs, block, x.dtype, device)
+    arguments = _RotateArguments(
+        x.data_ptr(), y.data_ptr(), rotated.data_ptr(), stride, tokens, inputs, blocks, block**-0.5
+    )
+    grid = -(-tokens // defines["TOKENS"])
+    function(name, defines, device, shared)(arguments, (grid, 1, 1), defines["THREADS"])
+    return y
 
 
 # ---- multiplying

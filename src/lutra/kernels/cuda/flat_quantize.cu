@@ -79,25 +79,55 @@ DEVICE u32 max_pair(u32 a, u32 b) {   // of two halves or bf16, NaN wins
   return m;
 }
 DEVICE float to_float(u16 v) { return X_TYPE == 1 ? bf16_to_float(v) : half_to_float(v); }
-DEVICE u16 from_float(float f) { return X_TYPE == 1 ? float_to_bf16(f) : float_to_half(f); }
-DEVICE float rounded(float f) { return to_float(from_float(f)); }
-DEVICE float act(float x) {   // as PyTorch computes it
-  if (ACT == 1) return x != x ? x : fmaxf(x, 0.f);
+// Two floats, rounded to 16 bits.
+DEVICE u32 pair_of(float low, float high) {
+  u32 pair;
+  if (X_TYPE == 1) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+DEVICE float low_of(u32 pair) { return to_float((u16)pair); }
+DEVICE float high_of(u32 pair) { return to_float((u16)(pair >> 16)); }
+// Products of pairs, rounded once: a b - 0.
+DEVICE u32 times(u32 a, u32 b) {
+  u32 product;
+  if (X_TYPE == 1) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000));
+  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000));
+  return product;
+}
+// x / (1 + exp(-x)). EXACT 0: division as IEEE has it but at the ends of the range, where `unsure` is set.
+template <bool EXACT> DEVICE float silu(float x, bool& unsure) {
+  const float below = 1.f + expf(-x);
+  if (EXACT) return __fdiv_rn(x, below);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(below));
+  inverse = fmaf(fmaf(-below, inverse, 1.f), inverse, inverse);
+  const float y = x * inverse;
+  unsure |= below > 1e30f;
+  unsure |= fabsf(x) < 1e-30f;
+  unsure |= fabsf(x) > 1e30f;
+  return fmaf(fmaf(-below, y, x), inverse, y);
+}
+template <bool EXACT> DEVICE float act(float x, bool& unsure) {   // as PyTorch computes it
   if (ACT == 2) return x * 0.5f * (1.f + erff(x * 0.70710678118654752440f));
   if (ACT == 3) {
     const float inner = 0.79788456080286535588f * (x + 0.044715f * (x * x * x));
     return 0.5f * x * (1.f + tanhf(inner));
   }
-  return __fdiv_rn(x, 1.f + expf(-x));
+  return silu<EXACT>(x, unsure);
 }
 
 struct Sums { float mean, factor; };   // of a norm
-// What is quantized of an x, before smoothing; as a float that 16 bits hold.
-DEVICE float computed(float x, float second, float third, const Sums& of) {
-  if (INPUT == 1) return rounded(rounded(x * of.factor) * second);
-  if (INPUT == 2) return rounded(fmaf(second, of.factor * (x - of.mean), third));
-  if (INPUT == 3) return rounded(act(x));
-  if (INPUT == 4) return rounded(rounded(act(x)) * second);
+// What is quantized of two x, before smoothing; where it is unsure, it must be computed exactly.
+template <bool EXACT> DEVICE u32 computed(u32 x, u32 second, u32 third, const Sums& of, bool& unsure) {
+  if (INPUT == 1) return times(pair_of(low_of(x) * of.factor, high_of(x) * of.factor), second);
+  if (INPUT == 2)
+    return pair_of(fmaf(low_of(second), of.factor * (low_of(x) - of.mean), low_of(third)),
+                   fmaf(high_of(second), of.factor * (high_of(x) - of.mean), high_of(third)));
+  if (INPUT >= 3) {
+    const u32 y = ACT == 1 ? max_pair(x, 0) : pair_of(act<EXACT>(low_of(x), unsure), act<EXACT>(high_of(x), unsure));
+    return INPUT == 4 ? times(y, second) : y;
+  }
   return x;
 }
 
@@ -140,7 +170,8 @@ DEVICE Single fetch_single(const Arguments& p, int token, int channel) {
   return s;
 }
 DEVICE float value_of(const Arguments& p, const Single& s, int channel, const Sums& sums) {
-  const float x = computed(to_float(s.x), to_float(s.second), to_float(s.third), sums);
+  bool sure = true;
+  const float x = low_of(computed<true>(s.x, s.second, s.third, sums, sure));
   return SMOOTH ? __fdiv_rn(x, p.smooth[channel]) : x;
 }
 
@@ -311,17 +342,18 @@ struct Block {
       if (NORM) load_vector(other, p.second, vector(i), p.inputs);
       if (INPUT == 2) load_vector(third, p.third, vector(i), p.inputs);
       Vector& x = h.x[HOLD ? i : 0];
+      Vector y;
+      bool unsure = false;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        u32 pair = 0;
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-          const int at = 2 * j + k;
-          const float o = NORM ? other.get(at) : SECOND_ROW ? h.second[HOLD && SECOND_ROW ? i : 0].get(at) : 0.f;
-          pair |= (u32)from_float(computed(x.get(at), o, INPUT == 2 ? third.get(at) : 0.f, sums)) << 16 * k;
-        }
-        x.pair[j] = pair;
+        if (SECOND_ROW) other.pair[j] = h.second[HOLD && SECOND_ROW ? i : 0].pair[j];
+        y.pair[j] = computed<false>(x.pair[j], other.pair[j], INPUT == 2 ? third.pair[j] : 0, sums, unsure);
       }
+      if (INPUT >= 3 && ACT == 0 && unsure) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) y.pair[j] = computed<true>(x.pair[j], other.pair[j], 0, sums, unsure);
+      }
+      x = y;
     }
   }
   // `visit(vector, its number, i)` for all vectors of this thread.

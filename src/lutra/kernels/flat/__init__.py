@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lutra.formats.flat import FlatWeight
+from lutra.formats.flat import FlatWeight, rotate_inputs
 from lutra.kernels.dispatch import Choice, first_supporting
 from lutra.kernels.flat.before import Before, apply
 
@@ -76,6 +76,10 @@ class FlatKernel(ABC):
     def describe(self, spec: FlatSpec, tokens: int) -> tuple[str, str]:
         """Which program of the kernel multiplies a number of tokens, and why that one."""
         return self.name, "one program for any number of tokens"
+
+    def rotate(self, x: Tensor, rotated: Tensor, spec: FlatSpec) -> Tensor:
+        """:func:`lutra.formats.flat.rotate_inputs`, which comes before :meth:`linear`."""
+        return rotate_inputs(x, rotated)
 
     def reads(self, before: Before, spec: FlatSpec) -> bool:
         """Whether :meth:`linear_of` computes ``before`` on the way to its integers."""
