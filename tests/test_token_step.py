@@ -12,8 +12,8 @@ _VARIANTS = [
     ("token_norm", {"THREADS": 512, "VECTORS": 1, "LAYER_NORM": 0, "CLUSTER": 1}),
     ("token_norm", {"THREADS": 512, "VECTORS": 3, "LAYER_NORM": 1, "CLUSTER": 1}),
     ("token_norm", {"THREADS": 192, "VECTORS": 1, "LAYER_NORM": 1, "CLUSTER": 8}),
-    ("token_activation", {"SILU": 1}),
-    ("token_activation", {"SILU": 0}),
+    ("token_activation", {"SILU": 1, "THREADS": 128, "ROWS": 4}),
+    ("token_activation", {"SILU": 0, "THREADS": 64, "ROWS": 1}),
     ("token_sum", {}),
     ("prompt_heads", {"HEAD_DIM": 128, "ROTARY": 1, "HEAD_NORM": 0}),
     ("prompt_heads", {"HEAD_DIM": 64, "ROTARY": 1, "HEAD_NORM": 1}),
@@ -23,8 +23,8 @@ _VARIANTS = [
             {"HEAD_DIM": d, "QUERIES": q, "WARPS": w, "ROTARY": r, "HEAD_NORM": n},
         )
         for d, q, w, r, n in (
-            (128, 1, 4, 0, 0), (128, 4, 8, 1, 0), (64, 7, 4, 1, 0), (128, 8, 4, 1, 1),
-            (256, 8, 4, 1, 1), (128, 16, 4, 1, 0),
+            (128, 1, 6, 0, 0), (128, 4, 8, 1, 0), (128, 4, 6, 1, 0), (64, 7, 4, 1, 0),
+            (128, 8, 4, 1, 1), (256, 8, 4, 1, 1), (128, 16, 4, 1, 0),
         )
     ),
 ]  # fmt: skip
@@ -63,6 +63,22 @@ def test_what_the_kernels_can_not_run_is_said():
         refusal = token_step.unsupported(*other, gpu)
         assert refusal is not None and words in refusal
         assert token_step.unsupported(*other, torch.device("cpu")) is None
+
+
+def test_attention_is_planned_within_the_card():
+    from lutra.kernels.cuda.launch import TYPICAL_CARDS
+
+    for card in TYPICAL_CARDS.values():
+        for d, queries, kv_heads in (
+            (128, 4, 8), (128, 1, 96), (256, 8, 4), (64, 7, 2), (128, 16, 6),
+        ):  # fmt: skip
+            shape = AttentionShape(queries * kv_heads, kv_heads, d, 1.0)
+            for batch in (1, 3, 16, 64):
+                for capacity in (256, 300, 1024, 32768):
+                    warps, parts = token_step.attention_plan(shape, batch, capacity, card)
+                    assert token_step.attention_shared_bytes(shape, warps) <= 48 * 1024
+                    assert parts == 1 or card.capability >= (9, 0)
+                    assert (queries * d) % (8 * parts) == 0 and warps >= 4
 
 
 def test_buffers_of_sums():
@@ -165,8 +181,9 @@ def test_attention_of_prompts(dtype, d, heads, kv_heads, rotary, norms, batch, l
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_activations(dtype):
-    x = torch.randn(3, 2832, device="cuda", dtype=dtype)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_activations(dtype, rows):
+    x = torch.randn(rows, 2832, device="cuda", dtype=dtype)
     gate, up = x.chunk(2, dim=-1)
     silu = torch.nn.functional.silu(gate) * up
     assert (token_step.activation(x, gated=True) == silu).float().mean() > 0.99

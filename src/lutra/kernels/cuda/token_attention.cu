@@ -16,7 +16,7 @@
 //
 // The blocks of a cluster have the parts of one key head. Each warp sends its sums to the shared memory
 // of the blocks, of which each adds up some channels in the order of the warps, so results do not
-// depend on timing. Grid: (parts, kv_heads, batch), clusters of all parts, 1, 2, 4, 8 or 16.
+// depend on timing. Grid: (parts, kv_heads, batch), clusters of all parts, 1, 2, 4 or 8.
 // Block: WARPS * 32 threads.
 //
 // The older rows of the cache are read before the kernel ahead has ended: they were written before the
@@ -46,9 +46,10 @@ struct AttentionArguments {
 
 constexpr int CHUNKS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64, TILE = 16;
 constexpr int EIGHTS = (QUERIES + 7) / 8;     // products of eight queries
-constexpr int MOST_PARTS = 16;
+constexpr int MOST_PARTS = 8;
 constexpr bool AHEAD = HEAD_DIM * EIGHTS <= 128;   // registers hold values beside keys
-constexpr int BLOCKS = AHEAD && WARPS <= 5 ? (HEAD_NORM ? 2 : 3) : 1;   // on a processor, at least
+// Blocks on a processor, at least: they bound the registers of a thread.
+constexpr int BLOCKS = !AHEAD || WARPS > 6 ? 1 : WARPS > 4 ? (HEAD_NORM ? 1 : 2) : (HEAD_NORM ? 2 : 3);
 constexpr float NOTHING = -1e30f;
 
 union Four { uint4 vector; u32 words[4]; u16 values[8]; };

@@ -23,7 +23,7 @@ from torch import Tensor
 from lutra.kernels.cpu import token_step as on_cpu
 
 if TYPE_CHECKING:
-    from lutra.kernels.cuda.launch import Function
+    from lutra.kernels.cuda.launch import Card, Function
 
 HEAD_DIMS = (64, 128, 256)
 TILE = 16  # positions that a warp of the attention reads at once
@@ -49,7 +49,12 @@ class _NormArguments(ctypes.Structure):
 
 
 class _ActivationArguments(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("features", ctypes.c_int)]
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("features", ctypes.c_int),
+    ]
 
 
 class _AttentionArguments(ctypes.Structure):
@@ -134,26 +139,36 @@ def unsupported(
     return None
 
 
+def attention_shared_bytes(shape: AttentionShape, warps: int) -> int:
+    """Shared memory of a block, of which 48 KiB can be had: sums and marks that come together."""
+    eights = -(-shape.queries // 8)
+    sums = 4 * warps * shape.queries * shape.head_dim
+    return sums + MOST_PARTS * warps * eights * 64 + 2 * shape.head_dim
+
+
 def attention_plan(
-    shape: AttentionShape, batch: int, capacity: int, processors: int, clusters: bool
-) -> tuple[int, int]:
+    shape: AttentionShape, batch: int, capacity: int, device: Card
+) -> tuple[int, int]:  # fmt: skip
     """Warps of a block, and blocks among which the positions of a sequence are divided.
 
-    About two blocks a processor, unless the cache is so small that warps would have no tile.
-
-    Args:
-        capacity: positions of the cache.
-        processors: of the GPU.
-        clusters: whether blocks can meet in clusters, as they do from Hopper on.
+    Each warp has one tile of positions in flight, so a processor should have some eight warps and
+    more; and all blocks should run at once. What is best was measured on an H200.
     """
-    warps = 4 if capacity <= 1024 else 8
-    if shape.queries * shape.head_dim * 4 * warps > 40960:  # bytes of shared memory for sums
-        warps = 4
+    pairs, tiles = batch * shape.kv_heads, -(-capacity // TILE)
     parts = 1
-    if clusters:
-        wanted = 2 * processors / (batch * shape.kv_heads)
-        while parts < min(wanted, MOST_PARTS) and parts * warps * TILE < capacity:
+    if device.capability >= (9, 0):  # clusters
+        while parts < MOST_PARTS and 4 * parts * pairs < 3 * device.processors:
+            if parts * 4 >= tiles:
+                break
             parts *= 2
+    blocks = -(-parts * pairs // device.processors)  # of a processor
+    warps = 4
+    if blocks == 1 and tiles > 4 * parts:
+        warps = 8
+    elif blocks == 2 and tiles <= 64:
+        warps = 6
+    while attention_shared_bytes(shape, warps) > 49152:
+        warps -= 2
     return warps, parts
 
 
@@ -197,7 +212,7 @@ def add_norm(
     rows, features = x.shape
     y = torch.empty_like(x)
     h = x if delta is None else torch.empty_like(x)
-    cluster, threads, vectors = norm_plan(rows, features, _has_clusters(x.device))
+    cluster, threads, vectors = norm_plan(rows, features, _card(x.device).capability >= (9, 0))
     kernel = _function(
         "token_norm", x, THREADS=threads, VECTORS=vectors, LAYER_NORM=int(layer_norm),
         CLUSTER=cluster,
@@ -223,9 +238,11 @@ def activation(x: Tensor, gated: bool) -> Tensor:
     x = x.contiguous()
     rows, features = x.shape[0], x.shape[1] // (2 if gated else 1)
     y = x.new_empty(rows, features)
-    kernel = _function("token_activation", x, SILU=int(gated))
-    arguments = _ActivationArguments(x.data_ptr(), y.data_ptr(), features)
-    kernel(arguments, (rows, -(-features // 512), 1), 64)
+    # Few rows are spread over the processors; with many, each thread has several loads in flight.
+    threads, of_thread = (64, 1) if rows <= 64 else (128, 4)
+    kernel = _function("token_activation", x, SILU=int(gated), THREADS=threads, ROWS=of_thread)
+    arguments = _ActivationArguments(x.data_ptr(), y.data_ptr(), rows, features)
+    kernel(arguments, (-(-rows // of_thread), -(-features // (8 * threads)), 1), threads)
     return y
 
 
@@ -265,12 +282,10 @@ def attention(
     qkv = qkv.contiguous()
     batch = qkv.shape[0]
     y = qkv.new_empty(batch, shape.heads * shape.head_dim)
-    processors = torch.cuda.get_device_properties(qkv.device).multi_processor_count
-    clusters = _has_clusters(qkv.device)
-    warps, parts = attention_plan(shape, batch, keys.shape[2], processors, clusters)
+    warps, parts = attention_plan(shape, batch, keys.shape[2], _card(qkv.device))
     kernel = _function(
-        "token_attention", qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries,
-        WARPS=warps, ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
+        "token_attention", qkv, HEAD_DIM=shape.head_dim, QUERIES=shape.queries, WARPS=warps,
+        ROTARY=int(rotary is not None), HEAD_NORM=int(norms is not None),
     )  # fmt: skip
     cosine, sine = (t.contiguous() for t in rotary) if rotary is not None else (None, None)
     stride = 0 if cosine is None or cosine.shape[0] == 1 else shape.head_dim
@@ -437,8 +452,11 @@ def _turned(x: Tensor) -> Tensor:
     return torch.cat((-b, a), dim=-1)
 
 
-def _has_clusters(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).major >= 9
+def _card(device: torch.device) -> Card:
+    from lutra.kernels.cuda.launch import card
+
+    assert device.index is not None
+    return card(device.index)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
