@@ -12,10 +12,10 @@ per row is cut anywhere.
 
 transformers has tensor parallelism of its own (``DistributedConfig``). Tried with 5.23, it cuts the
 bit planes of a Llama where they have to be cut, but has no plan for OPT, needs ``accelerate``, and
-leaves every parameter a DTensor, which no kernel takes and no two layers can be joined of. Its hooks
-around each module also cost more than what a token computes: 17 against 7 ms for a forward pass of
-two small dense blocks over two processes of a CPU. So the ranks here run plain modules of their own
-shapes.
+leaves every parameter a DTensor, which no kernel takes and no two layers can be joined of. Its
+hooks around each module also cost more than what a token computes: 17 against 7 ms for a forward
+pass of two small dense blocks over two processes of a CPU. So the ranks here run plain modules of
+their own shapes.
 """
 
 from __future__ import annotations
