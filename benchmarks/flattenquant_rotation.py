@@ -4,9 +4,8 @@
 
 For each group of linears of some blocks, on the original model's activations, the relative squared
 error of the output at 4 bits (weights and activations, the method's `int4` rung): as the method
-does it; without smoothing; and with all but the wide channels rotated by an orthogonal matrix
-(Hadamard where the width allows), the wide ones being those that the growth pays for. Ranges and
-weights are fitted to one half of the tokens and the errors are of the other half.
+does it, without smoothing, and with ``rotate=hadamard``, which rotates where it promises a tenth
+less. Ranges and weights are fitted to one half of the tokens and the errors are of the other half.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import commit, machine  # noqa: E402
-from flattenquant import rotation  # noqa: E402
 
 
 def errors(
@@ -32,32 +30,22 @@ def errors(
     """Output error of a group by treatment."""
     from lutra.methods.flattenquant import ladder, solve_group
 
-    rung = ladder(options, 4)[:1]
     weight_OI = torch.cat([block.weights[p] for p in group])
+    exact_TO = other_TI @ weight_OI.T
 
-    def error(changed: Any, chosen: Any, fitted: Tensor, other: Tensor) -> float:
-        (candidate,) = solve_group(group, changed, fitted, chosen, rung)
-        y = torch.cat([candidate.run(p, other, None) for p in group], dim=1)
-        exact = other_TI @ weight_OI.T
-        return float((y - exact).square().sum() / exact.square().sum())
+    def solved(chosen: Any) -> tuple[float, int]:
+        (candidate,) = solve_group(group, block, fitted_TI, chosen, ladder(chosen, 4)[:1])
+        y_TO = torch.cat([candidate.run(p, other_TI, None) for p in group], dim=1)
+        error = float((y_TO - exact_TO).square().sum() / exact_TO.square().sum())
+        return error, candidate.facts["rotated"]
 
-    plain = replace(options, smooth="none")
-    found = {
-        "flattened, smoothed": error(block, options, fitted_TI, other_TI),
-        "flattened": error(block, plain, fitted_TI, other_TI),
+    error, block_size = solved(replace(options, rotate="hadamard"))
+    return {
+        "flattened": solved(replace(options, smooth="none"))[0],
+        "flattened, smoothed": solved(options)[0],
+        "rotate=hadamard": error,
+        "rotated block": block_size,
     }
-    width = fitted_TI.shape[1]
-    for name, wide in (("rotated whole", 0), ("rotated rest", int(width * options.growth))):
-        order = fitted_TI.abs().amax(0).argsort(descending=True)
-        turn = torch.block_diag(torch.eye(wide), rotation(width - wide))
-
-        def turned(x: Tensor, order: Tensor = order, turn: Tensor = turn) -> Tensor:
-            return x[:, order] @ turn
-
-        weights = {p: turned(w) for p, w in block.weights.items() if p in group}
-        changed = replace(block, weights=weights)
-        found[name] = error(changed, plain, turned(fitted_TI), turned(other_TI))
-    return found
 
 
 def _inputs(
