@@ -2,7 +2,7 @@
 // 4 bits, groups of 128 and more, scales in half.
 //
 // A weight is an integer times its group's unit, and an offset. The integers are cut from the plane words
-// in registers and are the A operand; x is B, in shared memory for the whole time. One of
+// in registers and are the A operand; x is B, in shared memory. One of
 //   codes    uniform levels: the integer is the code, an exact subnormal half (fields.cuh)
 //   levels   free levels: integers below 2048 in units of a step (levels.cuh)
 //   signs    free levels: one product for each plane, of its bits alone; exact, and less to cut, but a
@@ -10,18 +10,18 @@
 // The sums of a slice are exact integers times x in fp32 until they are multiplied with the unit.
 //
 // The blocks of a cluster split the inputs. A block keeps its inputs of all tokens, as operands, in shared
-// memory and walks over its rows: each warp has units of TILES x 16 rows, whose weights it streams through
-// a ring of its own (cp.async), and no warp waits for another until its unit is done; k_warps warps may
-// share a unit. Then the sums of the block's warps and of the cluster's blocks meet in shared memory and
-// are added in order: two runs give the same bits.
+// memory (or, if they do not fit, one of PANELS parts of them at a time) and walks over its rows: each warp
+// has units of TILES x 16 rows, whose weights it streams through a ring of its own (cp.async), and no warp
+// waits for another until its unit is done; k_warps warps may share a unit. Then the sums of the block's
+// warps and of the cluster's blocks meet in shared memory and are added in order: two runs give the same
+// bits.
 //
-// Each block brings a token into range by a power of two, 2^14 to 2^15 for its largest |x|, so that x may
-// be divided by the power of two at which a field lies in its word (see fields.cuh) without a loss but
-// below 2^-30 of the largest.
+// Each block brings a token into range by a power of two, 2^14 to 2^15 for its largest |x| so far, so that
+// x may be divided by the power of two at which a field lies in its word (see fields.cuh) without a loss
+// but below 2^-30 of the largest.
 //
-// -D: TOKENS 8|16|32|64, TILES 1|2|4, WARPS, STAGES (slices in a warp's ring), BLOCKS (of a
-// processor), SIGNS 0|1 (free levels).
-// Grid: cluster size * clusters; dynamic shared memory: see `batch_shared_bytes` in plans.py.
+// -D: TOKENS 8|16|32|64, TILES 1|2|4, WARPS, STAGES (slices in a warp's ring), PANELS, SIGNS 0|1 (free
+// levels). Grid: cluster size * clusters; dynamic shared memory: see `batch_sizes` in batch_plans.py.
 
 #include "fields.cuh"
 #include "hopper.cuh"
@@ -55,7 +55,7 @@ constexpr int X_STRIDE = X_BYTES + TOKENS * 4;        // with the sums of x over
 constexpr int PRODUCTS = SIGNS ? BITS : 1;            // per weight
 constexpr bool TILE_BY_TILE = TOKENS <= 16;           // x of a slice stays in registers
 constexpr int SUM_TOKENS = TOKENS < 16 ? TOKENS : 16;   // whose sums meet at a time
-constexpr int KEPT = PANELS == 1 ? 4 : 2;                               // pieces of x that stay in registers
+constexpr int KEPT = PANELS == 1 ? 4 : 2;             // pieces of x that stay in registers
 // What a product of an integer, as its operand has it, counts.
 constexpr float WORTH = LEVELS ? 1.f : SIGNS ? 2.f * 16777216.f : 4.f / (1 << BITS) * 16777216.f;
 
@@ -147,14 +147,16 @@ DEVICE void cut(Cut& to, const Units& units, const char* tile, int product, int 
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 batch_linear(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) char shared[];   // rings, x, sums of x over slices, sums
   __shared__ u32 largest_of[TOKENS];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);   // uniform
   const int g = lane >> 2, t = lane & 3;
-  const int parts = cluster_size(), part = cluster_rank(), clusters = gridDim.x / parts, cluster = blockIdx.x / parts;
-  const int slices = p.items * 2, row_warps = WARPS / p.k_warps, row_warp = warp / p.k_warps, k_warp = warp % p.k_warps;
+  const int parts = cluster_size(), part = cluster_rank();
+  const int clusters = gridDim.x / parts, cluster = blockIdx.x / parts;
+  const int slices = p.items * 2, row_warps = WARPS / p.k_warps;
+  const int row_warp = warp / p.k_warps, k_warp = warp % p.k_warps;
   const int block_begin = slices * part / parts, block_slices = slices * (part + 1) / parts - block_begin;
   // Slices of this warp in a panel, counted from the block's first.
   auto slices_of = [&](int panel, int& begin, int& count) {
@@ -327,131 +329,133 @@ batch_linear(const __grid_constant__ Arguments p) {
       for (int j = 0; j < SUMS; j++) sum[i][j] = 0.f;
 #pragma unroll 1
     for (int panel = 0; panel < PANELS; panel++) {
-    if (PANELS > 1) {   // else x has been prepared
-      int before[PARTS][2];
+      if (PANELS > 1) {   // else x has been prepared
+        int before[PARTS][2];
 #pragma unroll
-      for (int c = 0; c < PARTS; c++)
-        for (int e = 0; e < 2; e++) before[c][e] = exponent_of(8 * c + 2 * t + e);
-      __syncthreads();
-      prepare(panel);
-      // The range of a token may have become larger.
+        for (int c = 0; c < PARTS; c++)
+          for (int e = 0; e < 2; e++) before[c][e] = exponent_of(8 * c + 2 * t + e);
+        __syncthreads();
+        prepare(panel);
+        // The range of a token may have become larger.
 #pragma unroll
-      for (int c = 0; c < PARTS; c++)
+        for (int c = 0; c < PARTS; c++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int shift = before[c][e] - exponent_of(8 * c + 2 * t + e);
-          const float factor = __uint_as_float((u32)max(127 + shift, 0) << 23);
-#pragma unroll
-          for (int i = 0; i < TILES; i++) {
-            sum[i][4 * c + e] *= factor;
-            sum[i][4 * c + 2 + e] *= factor;
-          }
-        }
-    }
-    int begin, count;
-    slices_of(panel, begin, count);
-    begin -= block_slices * panel / PANELS;   // of the panel
-    const char* x = x_at + begin * X_STRIDE + lane * 16;
-    const float* x_sum = (const float*)(x_at + begin * X_STRIDE + X_BYTES) + 2 * t;
-    if (pass >= own_passes) count = 0;
-#pragma unroll 1
-    for (int n = 0; n < count; n++) {
-      wait_copies<STAGES - 2>();
-      __syncwarp();
-      fetch(last);
-      auto add = [&](float (&to)[SUMS], const float (&product)[SUMS], float2 unit) {
-#pragma unroll
-        for (int i = 0; i < SUMS; i += 4) {
-          to[i] = fmaf(product[i], unit.x, to[i]);
-          to[i + 1] = fmaf(product[i + 1], unit.x, to[i + 1]);
-          to[i + 2] = fmaf(product[i + 2], unit.y, to[i + 2]);
-          to[i + 3] = fmaf(product[i + 3], unit.y, to[i + 3]);
-        }
-      };
-      auto add_offset = [&](float (&to)[SUMS], float2 offset) {
-#pragma unroll
-        for (int i = 0; i < PARTS; i++) {
-          const float2 s = *(const float2*)(x_sum + 8 * i);
-          to[4 * i] = fmaf(s.x, offset.x, to[4 * i]);
-          to[4 * i + 1] = fmaf(s.y, offset.x, to[4 * i + 1]);
-          to[4 * i + 2] = fmaf(s.x, offset.y, to[4 * i + 2]);
-          to[4 * i + 3] = fmaf(s.y, offset.y, to[4 * i + 3]);
-        }
-      };
-      if (TILE_BY_TILE) {
-        uint4 operand[TOKENS / 2];
-#pragma unroll
-        for (int v = 0; v < TOKENS / 2; v++) operand[v] = *(const uint4*)(x + v * 512);
-#pragma unroll
-        for (int i = 0; i < TILES; i++) {
-          Units units;
-          units.read(at + i * TILE_BYTES, lane);
-#pragma unroll
-          for (int q = 0; q < PRODUCTS; q++) {
-            Cut a;
-            cut(a, units, at + i * TILE_BYTES, q, lane);
-            float product[SUMS];
-#pragma unroll
-            for (int s = 0; s < SUMS; s++) product[s] = 0.f;
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-              const u32 a0 = a.pair(0, 2 * j), a1 = a.pair(1, 2 * j), a2 = a.pair(0, 2 * j + 1), a3 = a.pair(1, 2 * j + 1);
-#pragma unroll
-              for (int c = 0; c < PARTS; c++) {
-                const int v = j * PARTS + c;
-                const uint4 b = operand[v >> 1];
-                multiply_add(product + 4 * c, a0, a1, a2, a3, v & 1 ? b.z : b.x, v & 1 ? b.w : b.y);
-              }
-            }
-            add(sum[i], product, units.unit[q]);
-          }
-          add_offset(sum[i], units.offset);
-        }
-      } else {
-        Units units[TILES];
-#pragma unroll
-        for (int i = 0; i < TILES; i++) units[i].read(at + i * TILE_BYTES, lane);
-#pragma unroll
-        for (int q = 0; q < PRODUCTS; q++) {
-          Cut a[TILES];
-          float product[TILES][SUMS];
-#pragma unroll
-          for (int i = 0; i < TILES; i++) {
-            cut(a[i], units[i], at + i * TILE_BYTES, q, lane);
-#pragma unroll
-            for (int s = 0; s < SUMS; s++) product[i][s] = 0.f;
-          }
-#pragma unroll
-          for (int j = 0; j < 8; j++) {
-            uint4 operand[(PARTS + 1) / 2];
-#pragma unroll
-            for (int v = 0; v < PARTS / 2; v++) operand[v] = *(const uint4*)(x + (j * (PARTS / 2) + v) * 512);
+          for (int e = 0; e < 2; e++) {
+            const int shift = before[c][e] - exponent_of(8 * c + 2 * t + e);
+            const float factor = __uint_as_float((u32)max(127 + shift, 0) << 23);
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
-              const u32 a0 = a[i].pair(0, 2 * j), a1 = a[i].pair(1, 2 * j);
-              const u32 a2 = a[i].pair(0, 2 * j + 1), a3 = a[i].pair(1, 2 * j + 1);
-#pragma unroll
-              for (int c = 0; c < PARTS; c++) {
-                const uint4 b = operand[c >> 1];
-                multiply_add(product[i] + 4 * c, a0, a1, a2, a3, c & 1 ? b.z : b.x, c & 1 ? b.w : b.y);
-              }
+              sum[i][4 * c + e] *= factor;
+              sum[i][4 * c + 2 + e] *= factor;
             }
           }
-#pragma unroll
-          for (int i = 0; i < TILES; i++) add(sum[i], product[i], units[i].unit[q]);
-        }
-        for (int i = 0; i < TILES; i++) add_offset(sum[i], units[i].offset);
       }
-      x += X_STRIDE;
-      x_sum += X_STRIDE / 4;
-      last = shared_address(at);
-      at += STAGE_BYTES;
-      if (at == ring + STAGES * STAGE_BYTES) at = ring;
-    }
+      int begin, count;
+      slices_of(panel, begin, count);
+      begin -= block_slices * panel / PANELS;   // of the panel
+      const char* x = x_at + begin * X_STRIDE + lane * 16;
+      const float* x_sum = (const float*)(x_at + begin * X_STRIDE + X_BYTES) + 2 * t;
+      if (pass >= own_passes) count = 0;
+#pragma unroll 1
+      for (int n = 0; n < count; n++) {
+        wait_copies<STAGES - 2>();
+        __syncwarp();
+        fetch(last);
+        auto add = [&](float (&to)[SUMS], const float (&product)[SUMS], float2 unit) {
+#pragma unroll
+          for (int i = 0; i < SUMS; i += 4) {
+            to[i] = fmaf(product[i], unit.x, to[i]);
+            to[i + 1] = fmaf(product[i + 1], unit.x, to[i + 1]);
+            to[i + 2] = fmaf(product[i + 2], unit.y, to[i + 2]);
+            to[i + 3] = fmaf(product[i + 3], unit.y, to[i + 3]);
+          }
+        };
+        auto add_offset = [&](float (&to)[SUMS], float2 offset) {
+#pragma unroll
+          for (int i = 0; i < PARTS; i++) {
+            const float2 s = *(const float2*)(x_sum + 8 * i);
+            to[4 * i] = fmaf(s.x, offset.x, to[4 * i]);
+            to[4 * i + 1] = fmaf(s.y, offset.x, to[4 * i + 1]);
+            to[4 * i + 2] = fmaf(s.x, offset.y, to[4 * i + 2]);
+            to[4 * i + 3] = fmaf(s.y, offset.y, to[4 * i + 3]);
+          }
+        };
+        if (TILE_BY_TILE) {
+          uint4 operand[TOKENS / 2];
+#pragma unroll
+          for (int v = 0; v < TOKENS / 2; v++) operand[v] = *(const uint4*)(x + v * 512);
+#pragma unroll
+          for (int i = 0; i < TILES; i++) {
+            Units units;
+            units.read(at + i * TILE_BYTES, lane);
+#pragma unroll
+            for (int q = 0; q < PRODUCTS; q++) {
+              Cut a;
+              cut(a, units, at + i * TILE_BYTES, q, lane);
+              float product[SUMS];
+#pragma unroll
+              for (int s = 0; s < SUMS; s++) product[s] = 0.f;
+#pragma unroll
+              for (int j = 0; j < 8; j++) {
+                const u32 a0 = a.pair(0, 2 * j), a1 = a.pair(1, 2 * j);
+                const u32 a2 = a.pair(0, 2 * j + 1), a3 = a.pair(1, 2 * j + 1);
+#pragma unroll
+                for (int c = 0; c < PARTS; c++) {
+                  const int v = j * PARTS + c;
+                  const uint4 b = operand[v >> 1];
+                  multiply_add(product + 4 * c, a0, a1, a2, a3, v & 1 ? b.z : b.x, v & 1 ? b.w : b.y);
+                }
+              }
+              add(sum[i], product, units.unit[q]);
+            }
+            add_offset(sum[i], units.offset);
+          }
+        } else {
+          Units units[TILES];
+#pragma unroll
+          for (int i = 0; i < TILES; i++) units[i].read(at + i * TILE_BYTES, lane);
+#pragma unroll
+          for (int q = 0; q < PRODUCTS; q++) {
+            Cut a[TILES];
+            float product[TILES][SUMS];
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+              cut(a[i], units[i], at + i * TILE_BYTES, q, lane);
+#pragma unroll
+              for (int s = 0; s < SUMS; s++) product[i][s] = 0.f;
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+              uint4 operand[(PARTS + 1) / 2];
+#pragma unroll
+              for (int v = 0; v < PARTS / 2; v++) operand[v] = *(const uint4*)(x + (j * (PARTS / 2) + v) * 512);
+#pragma unroll
+              for (int i = 0; i < TILES; i++) {
+                const u32 a0 = a[i].pair(0, 2 * j), a1 = a[i].pair(1, 2 * j);
+                const u32 a2 = a[i].pair(0, 2 * j + 1), a3 = a[i].pair(1, 2 * j + 1);
+#pragma unroll
+                for (int c = 0; c < PARTS; c++) {
+                  const uint4 b = operand[c >> 1];
+                  multiply_add(product[i] + 4 * c, a0, a1, a2, a3, c & 1 ? b.z : b.x, c & 1 ? b.w : b.y);
+                }
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < TILES; i++) add(sum[i], product[i], units[i].unit[q]);
+          }
+          for (int i = 0; i < TILES; i++) add_offset(sum[i], units[i].offset);
+        }
+        x += X_STRIDE;
+        x_sum += X_STRIDE / 4;
+        last = shared_address(at);
+        at += STAGE_BYTES;
+        if (at == ring + STAGES * STAGE_BYTES) at = ring;
+      }
     }
 
     // A few tokens at a time, so that their sums find room.
-    const int quads = row_warps * (UNIT_ROWS / 4), first_row = (pass * clusters + cluster) * row_warps * UNIT_ROWS;
+    const int quads = row_warps * (UNIT_ROWS / 4);
+    const int first_row = (pass * clusters + cluster) * row_warps * UNIT_ROWS;
 #pragma unroll
     for (int first = 0; first < TOKENS; first += SUM_TOKENS) {
       if (pass || first) cluster_wait();   // the sums before have been read

@@ -11,15 +11,7 @@ from lutra.kernels.cuda.layout import TILE_ROWS, Layout
 
 BATCH_TOKENS = (8, 16, 32, 64)  # widths that are compiled
 SUM_TOKENS = 16  # tokens whose sums meet in shared memory at a time
-# By how a weight is multiplied and width: most warps * tiles * tokens that find room in registers.
-MOST_SUMS = {
-    "codes": {8: 416, 16: 640, 32: 896, 64: 1024},
-    "levels": {8: 416, 16: 416, 32: 512, 64: 0},
-    "signs": {8: 384, 16: 256, 32: 0, 64: 0},
-}
-PANEL_SUMS = {8: 384, 16: 768, 32: 768, 64: 512}
 SLICE_CLOCKS = {8: 50, 16: 70, 32: 115, 64: 190}  # of codes: a processor, a tile of one slice
-SMALL_WEIGHT = 72 << 20  # numbers: the start and the end of a launch weigh most
 # Share of the processors that clusters of a size fill on an H200, whose parts differ in size.
 CLUSTERS = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91, 8: 0.91}
 RESERVED_BYTES = 1024  # what the kernel declares itself
@@ -38,7 +30,6 @@ class BatchPlan:
         cluster: blocks that split the inputs.
         clusters: of the launch, each with rows of its own.
         panels: parts of a block's inputs, of which one at a time is in shared memory.
-        blocks: that a processor holds at a time; 2 let the next product start during this one.
         signs: 1 if free levels are one product for each plane, 0 if the planes meet in one.
     """
 
@@ -51,7 +42,6 @@ class BatchPlan:
     cluster: int
     clusters: int
     panels: int = 1
-    blocks: int = 1
     signs: int = 0
 
 
@@ -103,7 +93,14 @@ def _clusters(cluster: int, device: Card) -> int:
     return max(1, int(device.processors * CLUSTERS[cluster]) // cluster)
 
 
-@cache
+def _most_warps(kind: str, sums: int, tiles: int, panels: int) -> int:
+    """Warps of a block whose registers suffice; ``sums`` are tokens times tiles of a warp."""
+    if kind != "codes":
+        return 0 if panels > 1 or sums > 64 else 16 if sums <= 16 else 12 if sums <= 32 else 8
+    most = 16 if sums <= 32 else 14 if sums <= 64 else 8
+    return 0 if sums > 128 else min(most, 12) if tiles == 4 or panels > 1 else most
+
+
 def batch_plans(
     layout: Layout, uniform: bool, scale_bytes: int, tokens: int, device: Card
 ) -> tuple[BatchPlan, ...]:
@@ -111,25 +108,25 @@ def batch_plans(
     width = next((n for n in BATCH_TOKENS if n >= tokens), 0)
     if not width or device.capability != (9, 0) or layout.bits > 4 or layout.group < 128:
         return ()
+    return _plans(layout, uniform, scale_bytes, width, device)
+
+
+@cache
+def _plans(
+    layout: Layout, uniform: bool, scale_bytes: int, width: int, device: Card
+) -> tuple[BatchPlan, ...]:
     slices = layout.items * 2
     scored: list[tuple[float, BatchPlan]] = []
     kinds = ("codes",) if uniform or layout.bits == 1 else ("levels", "signs")
-    for kind, tiles, warps, k_warps, cluster, panels, blocks in itertools.product(
-        kinds, (1, 2, 4), (4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 20), (1, 2, 3, 4, 5, 8, 12),
-        CLUSTERS, (1, 2, 4), (1, 2),
+    for kind, tiles, warps, k_warps, cluster, panels in itertools.product(
+        kinds, (1, 2, 4), (4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16), (1, 2, 3, 4, 5, 8, 12),
+        CLUSTERS, (1, 2, 4),
     ):
-        most = MOST_SUMS[kind][width] if panels == 1 or kind != "codes" else PANEL_SUMS[width]
-        if warps % k_warps or warps * blocks * tiles * width > most:
-            continue
-        if panels > 1 and (warps > 12 or blocks > 1):
-            continue
-        if warps * blocks > 16 and tiles * width > 16:
+        if warps % k_warps or warps > _most_warps(kind, width * tiles, tiles, panels):
             continue
         units = _ceil(layout.tiles, tiles)
         passes = _ceil(units, warps // k_warps * _clusters(cluster, device))
         clusters = _ceil(units, warps // k_warps * passes)
-        if blocks > 1 and passes > 1:
-            continue
         # Clocks of a processor: of a tile's slice, and of a slice of a warp that is alone.
         factor = {"codes": 1.0, "levels": 1.9, "signs": 0.4 + 0.4 * layout.bits}[kind]
         work = SLICE_CLOCKS[width] * factor
@@ -138,14 +135,12 @@ def batch_plans(
         each = _ceil(of_block, k_warps) * max(warps * tiles * work, alone)
         score = passes * (each + 1500 * max(1, width // 16))
         score += 1500 * (1 if panels == 1 else panels * passes) + of_block * width * 32 / warps
-        if blocks > 1 and layout.rows * layout.inputs < SMALL_WEIGHT:
-            score *= 0.7
         for stages in range(6, 2, -1):
             plan = BatchPlan(
                 "batch_linear", width, tiles, warps, k_warps, stages, cluster, clusters, panels,
-                blocks, int(kind == "signs"),
+                int(kind == "signs"),
             )
-            if batch_fits(plan, layout, uniform, scale_bytes, tokens, device):
+            if batch_fits(plan, layout, uniform, scale_bytes, width, device):
                 scored.append((score * (1.0 if stages > 3 else 1.05), plan))
                 break
     scored.sort(key=lambda pair: pair[0])
@@ -163,16 +158,15 @@ def batch_fits(
         and scale_bytes == 2
         and tokens <= plan.tokens in BATCH_TOKENS
         and plan.tiles in (1, 2, 4)
-        and 1 <= plan.warps <= 20
+        and 1 <= plan.warps <= 16
         and plan.k_warps > 0 == plan.warps % plan.k_warps
         and plan.stages >= 2
         and plan.cluster in CLUSTERS
-        and plan.blocks in (1, 2)
+        and plan.cluster <= layout.items * 2
         and 1 <= plan.panels <= 8
         and plan.clusters > 0
         and plan.signs in (0, 1)
         and not (plan.signs and uniform)
         and batch_sizes(plan, layout, uniform).shared_bytes
-        <= min(device.shared_bytes, device.processor_shared_bytes // plan.blocks - 1024)
-        - RESERVED_BYTES
+        <= device.shared_bytes - RESERVED_BYTES
     )

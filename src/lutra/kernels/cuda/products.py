@@ -174,7 +174,7 @@ def batch_defines(
     one_plane = layout.bits == 1  # levels of one plane are uniform
     return format_defines(layout, uniform or one_plane, scale, x) | {
         "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages,
-        "BLOCKS": plan.blocks, "PANELS": plan.panels, "SIGNS": plan.signs,
+        "PANELS": plan.panels, "SIGNS": plan.signs,
     }
 
 

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 FEW_TOKENS = {True: 4, False: 8}
 FEW_TOKENS_SMALL = {True: 8, False: 16}
 SMALL_WEIGHTS = 24 << 20
+BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 FIELD_TOKENS = {True: 320, False: 128}
 _PLANS: dict[str, Callable[..., Plan]] = {
@@ -114,10 +115,16 @@ def choose(
     code = code_plans(layout, uniform, scale_bytes, tokens, device)
     if code:
         few_most = min(few_most, CODE_TOKENS)
+    batch_most = BATCH_TOKENS[codes]
+    batch = () if tokens > batch_most else batch_plans(layout, uniform, scale_bytes, tokens, device)
+    if batch:
+        few_most = min(few_most, limits[True])
     if few_limit and tokens <= few_most:
         return few_plans(layout, scale_bytes, min(tokens, few_limit), device)[0], (
             f"by rule: up to {few_most} tokens"
         )
+    if batch:
+        return batch[0], f"by rule: up to {batch_most} tokens on {device.arch}"
     if code:
         return code[0], f"by rule: more than {few_most} tokens on {device.arch}"
     if field and tokens <= FIELD_TOKENS[codes]:
