@@ -19,7 +19,7 @@ from lutra.kernels.flat import reference
 from lutra.kernels.flat.before import Activation, Norm
 from lutra.kernels.flat.deferred import Deferred
 from lutra.nn_flat import FlatLinear
-from lutra.runtime.flat_inputs import before_of, defer
+from lutra.runtime.flat_inputs import before_of, defer, may_read
 from lutra.siblings import join_siblings
 from lutra.siblings_flat import FlatSiblings, joint_columns
 
@@ -335,3 +335,29 @@ def test_tokens_on_a_gpu_are_recorded(dtype: torch.dtype) -> None:
     assert step.is_recorded
     error = (found.double() - expected.double()).norm() / expected.double().norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_layer_may_read_is_known_without_weights(family: str) -> None:
+    """`lutra warmup` compiles what the model would ask for."""
+    config = flat_model(family).config
+    entry = architecture_of(config)
+    first, last = f"{entry.blocks}.0.{entry.groups[0][0]}", f"{entry.blocks}.1.{entry.linears[-1]}"
+    assert [type(before) for before in may_read(config, first)] == [Norm]
+    assert {type(before) for before in may_read(config, last)} == {Activation}
+    assert may_read(config.to_dict(), "lm_head") == []
+
+
+def test_programs_of_a_layer_are_listed_for_any_card() -> None:
+    from lutra.kernels.cuda.flat import CudaFlatKernel
+    from lutra.kernels.cuda.launch import TYPICAL_CARDS
+    from lutra.kernels.flat import FlatSpec
+
+    spec = FlatSpec(256, 512, 512, 4, False, False, torch.device("cuda", 0), torch.bfloat16)
+    for arch, gpu in TYPICAL_CARDS.items():
+        listed = CudaFlatKernel().instances(spec, [1, 1000], [(0, 0), (4, 0)], gpu)
+        names = {name for name, _ in listed}
+        hopper = {"flat_quantize", "flat_few", "flat_linear"}
+        assert names == (hopper if arch == "sm_90a" else {"flat_quantize", "flat_mma"})
+        assert {d["INPUT"] for n, d in listed if n == "flat_quantize"} == {0, 4}
+        assert {d["HORNER"] for n, d in listed if n != "flat_quantize"} == {0, 1}
