@@ -182,6 +182,7 @@ def test_argument_structs_mirror_the_sources() -> None:
     }
     structs = {
         "binary_linear": products._FewArguments, "byte_linear": products._FewArguments,
+        "exact_linear": products._FewArguments,
         "arrange": products._ArrangeArguments, "field_linear": products._FieldArguments,
         "code_linear": products._CodeArguments, "steps": products._StepsArguments,
         "dequantize": products._DequantizeArguments, "batch_linear": products._BatchArguments,

@@ -57,6 +57,9 @@ def instances(
     yield "dequantize", format_defines(layout, bool(uniform), scale, x)
     if has_steps(layout, bool(uniform)) and not scale_float:
         yield "steps", format_defines(layout, bool(uniform), scale, scale)
+    narrow = layout_of(4, 4096, bits, 4096 if group == 256 else group, bool(uniform))
+    for plan in candidates(narrow, bool(uniform), scale.itemsize, 1, CARDS[arch]):
+        yield from plan_instances(plan, narrow, bool(uniform), scale, x)
     for tokens in TOKENS if everything else (1, 8, 64, 512):
         seen: set[str] = set()  # of each kernel the plan that comes first, or all of them
         for plan in candidates(layout, bool(uniform), scale.itemsize, tokens, CARDS[arch]):

@@ -1,23 +1,24 @@
-// The frame of the kernels for few tokens: streaming, panels, reduction. `few_tokens<Product>` is the
-// body of a kernel; Product says what x looks like in shared memory and how an item is multiplied:
+// The frame of the kernels for few tokens: streaming, panels, sums. `few_tokens<Product>` is the body of
+// a kernel; Product says what x looks like in shared memory and how an item is multiplied:
 //
-//   SLOT_BYTES              of shared memory for x of one slice and token, 256 or 288
+//   TILES                   tiles that a warp multiplies side by side
+//   X_BYTES, RECORD_BYTES   of shared memory for x of an item, all tokens, and what goes with it
 //   Sums                    what a lane adds up over its items, zero at first
-//   cut(...)                turns 32 inputs of one token into operands; four neighbouring lanes are one
-//                           slice of one token
-//   multiply(...)           one item
-//   collect(...)            a warp's sums as [TOKENS][16 rows]
+//   Lane                    what a lane knows of its place: addresses in shared memory, constants
+//   tasks(), load(), cut()  x of a panel into operands, 32 inputs of a token at a time; four neighbouring
+//                           lanes are one slice of one token
+//   multiply(...)           one item of TILES tiles
+//   collect(...)            a warp's sums as [TILES][TOKENS][16 rows]
 //
 // Block b takes tiles of 16 rows; its warps split the inputs (k_warps) and, if a row is short, several
-// tiles. Every warp streams its items through its own ring in shared memory (cp.async). A part of the
-// ring is filled before the previous kernel has finished, the rest after x has been asked for: x would
-// wait for whatever was asked for before. x is copied as it is to where its operands will be; every
-// warp copies what it cuts itself, so that none waits for another. Partial sums of the warps of a tile
-// meet in shared memory, always in the same order; the warps take turns to add them. If x does not fit
-// in shared memory, the rows are walked in panels, sums kept in `partial`.
+// tiles. One more warp fetches: a stage of the ring in shared memory holds one item of every warp, copied
+// in pieces that are as long as the warps that share a tile. EARLY stages are asked for before the
+// previous kernel has finished, the others after x: x would wait behind them. Partial sums of the warps of
+// a tile meet in shared memory, always in the same order; the warps take turns to add them. If x does not
+// fit in shared memory, the rows are walked in panels, sums kept in `partial`.
 //
-// -D: TOKENS (a power of two), WARPS, STAGES (items in a warp's ring), EARLY (those fetched ahead). Grid: any number of blocks of
-// WARPS x 32 threads; dynamic shared memory: see `_few_plan` in plans.py.
+// -D: TOKENS, WARPS (that multiply), STAGES, EARLY, BLOCKS, WHOLE_ROW 0|1 (one group per row). Grid: any
+// number of blocks of (WARPS + 1) x 32 threads; dynamic shared memory: see `_FewSizes` in plans.py.
 
 struct Arguments {
   const char* planes;      // see common.cuh
@@ -32,10 +33,11 @@ struct Arguments {
   int panel_items, k_warps;
 };
 
-constexpr int THREADS = WARPS * 32;
-constexpr int STAGE_BYTES = PLANE_BYTES + SCALE_BYTES;
+constexpr int THREADS = WARPS * 32;             // that multiply
 constexpr float MAGIC = 12582912.f;             // 1.5 * 2^23: the float bits of MAGIC + i end in i
 constexpr int MAGIC_BITS = 0x4B400000;
+constexpr int STAGE_BYTES = PLANE_BYTES + SCALE_BYTES;
+constexpr int ROUNDS = TOKENS >= 4 ? 2 : 4;     // tiles of a warp between two meetings of the warps
 
 DEVICE int multiply_add(int a, int b, int c) {   // the compiler would turn these into shifts and sums
   int d;
@@ -43,70 +45,57 @@ DEVICE int multiply_add(int a, int b, int c) {   // the compiler would turn thes
   return d;
 }
 
-// One per slice and split, for the four lanes of a row. Bits of the weight are 0 and 1 in the products but
-// mean -1 and +1; `start` makes the difference: sums start at minus half the sum of the integers of x.
-struct Record {
-  int4 start[4];    // as the operand of a product
-  float2 worth[4];  // of a lane's integer sums; and the sum of x, which the offset multiplies
-};
+// A value that is not computed again at every use, as the compiler likes to do with addresses.
+DEVICE u32 kept(u32 value) { asm volatile("" : "+r"(value)); return value; }
 
-// The scales of rows g and g + 8 in one group of an item.
-struct Scales {
-  const char* scales;
-  int row;
-  DEVICE Scales(const char* stage, int slice, int split, int g) {
-    const int group = GROUP == 256 ? 0 : slice * SPLITS + split;
-    scales = stage + PLANE_BYTES;
-    row = (group * 8 + g) * SLOTS;
-  }
-  // Alpha of plane q; with uniform levels in units of alpha 0, which `add` multiplies in.
-  DEVICE float2 alpha(int q) const {
-    const float half_to_the_q = __uint_as_float((u32)(127 - q) << 23);
-    return UNIFORM ? make_float2(half_to_the_q, half_to_the_q) : scale_pair(scales, row + q);
-  }
-  // `sum` as it came from the alphas above.
-  DEVICE void add(float2& total, float2 sum, float2 worth) const {
-    const float2 offset = scale_pair(scales, row + SLOTS - 1);
-    if (UNIFORM) {
-      const float2 first = scale_pair(scales, row);
-      sum.x *= first.x;
-      sum.y *= first.y;
-    }
-    total.x = fmaf(offset.x, worth.y, fmaf(worth.x, sum.x, total.x));
-    total.y = fmaf(offset.y, worth.y, fmaf(worth.x, sum.y, total.y));
-  }
-};
-
-// x of one slice and token is a slot: 16 pieces of 8 inputs, four for each word of a plane. Slot i of a
-// panel is token i % TOKENS of slice i / TOKENS. Where a piece lies keeps the banks of those apart that
-// the lanes of a warp read together.
-template <int SLOT_BYTES> DEVICE int piece_offset(int slot, int word, int part) {
-  const int turn = SLOT_BYTES % 128 ? word >> 1 : word >> 1 | (slot & 1) << 1;
-  return slot * SLOT_BYTES + word * 64 + (part ^ turn) * 16;
+DEVICE u32 load4(u32 shared) { u32 v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared)); return v; }
+DEVICE uint2 load8(u32 shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
+  return v;
+}
+DEVICE uint4 load16(u32 shared) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared));
+  return v;
+}
+DEVICE float2 load_floats(u32 shared) {
+  const uint2 v = load8(shared);
+  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
 }
 
-// Copy what this warp cuts of a panel: slots 8 warp .. 8 warp + 7 of every 8 WARPS. Zeros past the row
-// and past the last token.
-template <int SLOT_BYTES> DEVICE void copy_x(const Arguments& p, char* x, int first_item, int slots) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const bool aligned = (((u64)p.x | (u64)p.x_stride * 2) & 15) == 0;
-  for (int first = warp * 8; first < slots; first += WARPS * 8) {
+// Slot `slot` of the scales of rows g and g + 8 of a group; `at`: their slot 0.
+DEVICE float2 load_scales(u32 at, int slot) {
+  if (SCALE_FLOAT) return load_floats(at + slot * 8);
+  const u32 pair = load4(at + slot * 4);
+  return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16)));
+}
+constexpr int ROW_SCALES = SLOTS * 2 * SCALE_SIZE;   // bytes of rows g and g + 8
+constexpr int GROUP_SCALES = 8 * ROW_SCALES;         // bytes of a tile
+
+// INPUTS inputs of one token as they lie in memory; zeros past the row and past the last token.
+template <int INPUTS> struct Raw { uint4 part[INPUTS / 8]; };
+
+template <int INPUTS> DEVICE Raw<INPUTS> load_raw(const Arguments& p, int token, int k) {
+  Raw<INPUTS> raw = {};
+  const u16* source = p.x + token * p.x_stride + k;
+  if (token >= p.tokens || k >= p.in_features) return raw;
+  if (k + INPUTS <= p.in_features && ((u64)source & 15) == 0) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const int slot = first + 2 * j + (lane >> 4), piece = lane & 15, token = slot % TOKENS;
-      const int k = (first_item * 2 + slot / TOKENS) * 128 + piece * 8;
-      const int inputs = token < p.tokens ? min(max(p.in_features - k, 0), 8) : 0;
-      const u16* source = p.x + (inputs ? token * p.x_stride + k : 0);
-      char* target = x + piece_offset<SLOT_BYTES>(slot, piece >> 2, piece & 3);
-      if (slot >= slots) continue;
-      if (aligned) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(target)), "l"(source), "r"(inputs * 2) : "memory");
-      } else {
-        for (int i = 0; i < 8; i++) ((u16*)target)[i] = i < inputs ? source[i] : 0;
-      }
+    for (int i = 0; i < INPUTS / 8; i++) raw.part[i] = ((const uint4*)source)[i];
+  } else {
+    u32 words[INPUTS / 2];
+#pragma unroll
+    for (int i = 0; i < INPUTS / 2; i++) {
+      words[i] = k + 2 * i < p.in_features ? source[2 * i] : 0;
+      if (k + 2 * i + 1 < p.in_features) words[i] |= (u32)source[2 * i + 1] << 16;
     }
+#pragma unroll
+    for (int i = 0; i < INPUTS / 8; i++)
+      raw.part[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
   }
+  return raw;
 }
 
 // The larger of two magnitudes; NaN if either is.
@@ -118,23 +107,22 @@ DEVICE float larger(float a, float b) {
 DEVICE float reciprocal(float a) { asm("rcp.approx.f32 %0, %0;" : "+f"(a)); return a; }
 
 // The sum of a group over the lanes that hold it.
-template <class T> DEVICE T sum_of_group(T total) {
+template <int INPUTS, class T> DEVICE T sum_of_group(T total) {
 #pragma unroll
-  for (int step = 1; step < 4 / SPLITS; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+  for (int step = 1; step < 128 / INPUTS / SPLITS; step *= 2) total += __shfl_xor_sync(~0u, total, step);
   return total;
 }
 
-// The 32 inputs of a lane to 16-bit integers: the low half of each r[i] is round(x[i] * LIMIT / largest)
+// The inputs of a lane to 16-bit integers: the low half of each r[i] is round(x[i] * LIMIT / largest)
 // + BIAS; with FINE, x[i] of even i counts double. A slice with a NaN becomes zero, `largest` NaN.
 struct Block { float largest, sum; };   // of the slice; of the group's share of it
 
-template <int LIMIT, int BIAS, bool FINE, int SLOT_BYTES>
-DEVICE Block round_block(const char* x, int slot, u32 (&r)[32]) {
-  float v[32], largest = 0.f, sum = 0.f;
+template <int LIMIT, int BIAS, bool FINE, int INPUTS>
+DEVICE Block round_block(const Raw<INPUTS>& raw, u32 (&r)[INPUTS]) {
+  float v[INPUTS], largest = 0.f, sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint4 part = *(const uint4*)(x + piece_offset<SLOT_BYTES>(slot, threadIdx.x & 3, i));
-    const u32 words[4] = {part.x, part.y, part.z, part.w};
+  for (int i = 0; i < INPUTS / 8; i++) {
+    const u32 words[4] = {raw.part[i].x, raw.part[i].y, raw.part[i].z, raw.part[i].w};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       v[8 * i + 2 * j] = x_to_float((u16)words[j]);
@@ -142,15 +130,16 @@ DEVICE Block round_block(const char* x, int slot, u32 (&r)[32]) {
     }
   }
 #pragma unroll
-  for (int i = 0; i < 32; i++) { largest = larger(largest, v[i]); sum += v[i]; }
-  largest = larger(largest, __shfl_xor_sync(~0u, largest, 1));
-  largest = larger(largest, __shfl_xor_sync(~0u, largest, 2));
+  for (int i = 0; i < INPUTS; i++) { largest = larger(largest, v[i]); sum += v[i]; }
+#pragma unroll
+  for (int step = 1; step < 128 / INPUTS; step *= 2)
+    largest = larger(largest, __shfl_xor_sync(~0u, largest, step));
   // Below 2^-100 (bf16 only) the reciprocal could overflow: such a slice counts as zero.
   const float inverse = largest > 7.9e-31f ? (float)LIMIT * reciprocal(largest) : 0.f;
 #pragma unroll
-  for (int i = 0; i < 32; i++)
+  for (int i = 0; i < INPUTS; i++) 
     r[i] = __float_as_uint(fmaf(v[i], FINE && i % 2 == 0 ? 2.f * inverse : inverse, MAGIC + BIAS));
-  return {largest, sum_of_group(sum)};
+  return {largest, sum_of_group<INPUTS>(sum)};
 }
 
 // Position of a warp in its sequence of items: tile by tile, panel after panel.
@@ -177,15 +166,15 @@ struct Cursor {
   // Groups smaller than an item are stored item by item; the others are looked up.
   DEVICE void place_large_group(const Arguments& p, int lane) {
     if (GROUP != 256) return;
-    const u32 group = (u32)tile * p.groups + item / p.items_per_group;
-    scales = lane + group * (SLOTS * SCALE_SIZE);
+    const u32 group = WHOLE_ROW ? tile : (u32)tile * p.groups + item / p.items_per_group;
+    scales = lane + group * (SCALE_BYTES / 16);
   }
   DEVICE void advance(const Arguments& p, int first_tile, int tile_step, int k_part, int lane) {
     item += p.k_warps;
     planes += p.k_warps * (PLANE_BYTES / 16);
-    scales += p.k_warps * (SCALE_BYTES / 16);
+    if (GROUP != 256) scales += p.k_warps * (SCALE_BYTES / 16);
     if (item < panel_end) {
-      place_large_group(p, lane);
+      if (!WHOLE_ROW) place_large_group(p, lane);
     } else if (tile + tile_step < p.tiles) {
       enter(p, tile + tile_step, k_part, lane);
     } else if (panel_end < p.items) {
@@ -206,99 +195,101 @@ DEVICE void fetch(const Arguments& p, Cursor& c, u32 stage, int first_tile, int 
 #pragma unroll
     for (int q = 0; q < BITS; q++)
       copy16_async(stage + q * 512, p.planes + c.planes * 16ull + q * 512, policy);
+    // The scales of a whole row come with the first item of a tile.
+    if (!WHOLE_ROW || c.item - k_part == c.panel_begin) {
 #pragma unroll
-    for (int i = 0; i < SCALE_BYTES; i += 512)
-      if (i + lane * 16 < SCALE_BYTES) copy16_async(stage + PLANE_BYTES + i, p.scales + c.scales * 16ull + i, policy);
+      for (int i = 0; i < SCALE_BYTES; i += 512)
+        if (i + lane * 16 < SCALE_BYTES)
+          copy16_async(stage + PLANE_BYTES + i, p.scales + c.scales * 16ull + i, policy);
+    }
     c.advance(p, first_tile, tile_step, k_part, lane);
   }
   commit_copies();
 }
 
 template <class Product> DEVICE void few_tokens(const Arguments& p) {
-  constexpr int X_BYTES = 2 * TOKENS * Product::SLOT_BYTES;   // of an item
-  constexpr int RECORD_BYTES = 2 * Product::RECORDS * SPLITS * sizeof(Record);
   constexpr int TILE_VALUES = TOKENS * TILE_ROWS;
   extern __shared__ __align__(128) char shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int k_part = warp % p.k_warps, row_part = warp / p.k_warps, row_parts = WARPS / p.k_warps;
   const int first_tile = blockIdx.x * row_parts + row_part, tile_step = gridDim.x * row_parts;
 
-  char* ring = shared + warp * (STAGES * STAGE_BYTES);
   char* x = shared + WARPS * STAGES * STAGE_BYTES;
-  char* records = x + p.panel_items * X_BYTES;
-  float* meet = (float*)(records + p.panel_items * RECORD_BYTES) + row_part * p.k_warps * TILE_VALUES;
-  constexpr int BUFFER_VALUES = WARPS * TILE_VALUES;
-  float* partial = (float*)(records + p.panel_items * RECORD_BYTES) + 2 * BUFFER_VALUES +
-                   row_part * TILE_VALUES;   // [step][row_parts][TILE_VALUES]
+  char* records = x + p.panel_items * Product::X_BYTES;
+  constexpr int ROUND_VALUES = WARPS * TILE_VALUES;
+  float* meet = (float*)(records + p.panel_items * Product::RECORD_BYTES);   // [ROUNDS][WARPS][TILE_VALUES]
+  float* partial = meet + ROUNDS * ROUND_VALUES;                             // [step][row_parts][TILE_VALUES]
 
   let_next_kernel_start();
   const u64 policy = evict_first_policy();
-  const u32 first_stage = shared_address(ring) + lane * 16;
+  const u32 ring = shared_address(shared) + warp * (STAGES * STAGE_BYTES);
+  const u32 first_stage = kept(ring + lane * 16);
   Cursor ahead;
   ahead.start(p, first_tile, k_part, lane);
 #pragma unroll
   for (int s = 0; s < EARLY; s++)
     fetch(p, ahead, first_stage + s * STAGE_BYTES, first_tile, tile_step, k_part, lane, policy);
   wait_for_previous_kernel();
-  copy_x<Product::SLOT_BYTES>(p, x, 0, min(p.panel_items, p.items) * 2 * TOKENS);
-  commit_copies();
+  auto raw = Product::load(p, threadIdx.x, 0);
 #pragma unroll
   for (int s = EARLY; s < STAGES; s++)
     fetch(p, ahead, first_stage + s * STAGE_BYTES, first_tile, tile_step, k_part, lane, policy);
 
-  constexpr u32 LAST_STAGE = (STAGES - 1) * STAGE_BYTES;
-  u32 stage = first_stage;
-  const char* item_weights = ring;
-  int round = 0;   // tiles begun
+  const typename Product::Lane place(lane, ring, ring + PLANE_BYTES, shared_address(x) + k_part * Product::X_BYTES,
+                                     shared_address(records) + k_part * Product::RECORD_BYTES);
+  const u32 x_step = p.k_warps * Product::X_BYTES, record_step = p.k_warps * Product::RECORD_BYTES;
+  u32 stage = 0, fetch_stage = first_stage;   // offset in the ring; address for copies
   for (int panel = 0; panel < p.items; panel += p.panel_items) {
-    const int panel_end = min(panel + p.panel_items, p.items), slots = (panel_end - panel) * 2 * TOKENS;
+    const int panel_end = min(panel + p.panel_items, p.items);
     if (panel) {
       __syncthreads();
-      copy_x<Product::SLOT_BYTES>(p, x, panel, slots);
-      commit_copies();
-      wait_copies<0>();
-    } else {
-      wait_copies<STAGES - EARLY>();
+      raw = Product::load(p, threadIdx.x, panel);
     }
-    __syncwarp();
-    for (int first = warp * 8; first < slots; first += WARPS * 8) {
-      const int slot = first + (lane >> 2);
-      Product::cut(slot < slots ? slot : first, slot < slots, x, records);
+    const int tasks = (panel_end - panel) * Product::tasks(p);
+    for (int task = threadIdx.x; task - lane < tasks; task += THREADS) {
+      const auto next = Product::load(p, task + THREADS < tasks ? task + THREADS : task, panel);
+      Product::cut(p, raw, task, task < tasks, x, records);
+      raw = next;
     }
     __syncthreads();
-    int step = 0;
-    for (int first = blockIdx.x * row_parts; first < p.tiles; first += tile_step, step++, round++) {
-      const int tile = first + row_part;
-      const bool there = tile < p.tiles;
+    for (int first = blockIdx.x * row_parts, step = 0, kept_steps = 0; first < p.tiles; first += tile_step) {
+      const bool there = first + row_part < p.tiles;
       typename Product::Sums sums = {};
-      const char* item_x = x + k_part * X_BYTES;
-      const char* item_records = records + k_part * RECORD_BYTES;
+      typename Product::Levels levels;
+      u32 item_x = 0, item_records = 0;
       for (int item = panel + k_part; there && item < panel_end; item += p.k_warps) {
         wait_copies<STAGES - 1>();
         __syncwarp();
-        Product::multiply(item_weights, item_x, item_records, lane, sums);
+        if (WHOLE_ROW && item_x == 0) levels.load(place, stage);
+        Product::multiply(place, stage, item_x, item_records, levels, sums);
         __syncwarp();
-        fetch(p, ahead, stage, first_tile, tile_step, k_part, lane, policy);
-        const bool last = item_weights == ring + LAST_STAGE;
-        stage = last ? first_stage : stage + STAGE_BYTES;
-        item_weights = last ? ring : item_weights + STAGE_BYTES;
-        item_x += p.k_warps * X_BYTES;
-        item_records += p.k_warps * RECORD_BYTES;
+        fetch(p, ahead, fetch_stage, first_tile, tile_step, k_part, lane, policy);
+        const bool wraps = stage == (STAGES - 1) * STAGE_BYTES;
+        stage = wraps ? 0 : stage + STAGE_BYTES;
+        fetch_stage = kept(wraps ? first_stage : fetch_stage + STAGE_BYTES);
+        item_x += x_step;
+        item_records += record_step;
       }
-      float* here = meet + (round & 1) * BUFFER_VALUES;
-      Product::collect(sums, lane, here + k_part * TILE_VALUES);
+      Product::collect(sums, lane, meet + step * ROUND_VALUES + warp * TILE_VALUES);
+      const bool last = first + tile_step >= p.tiles;
+      if (++step < ROUNDS && !last) continue;
       __syncthreads();
-      if (!there || step % p.k_warps != k_part) continue;
-      for (int value = lane; value < TILE_VALUES; value += 32) {
+      for (int i = threadIdx.x; i < step * row_parts * TILE_VALUES; i += THREADS) {
+        const int value = i % TILE_VALUES, part = i / TILE_VALUES % row_parts, back = i / TILE_VALUES / row_parts;
+        const float* here = meet + back * ROUND_VALUES + part * p.k_warps * TILE_VALUES + value;
         float total = 0.f;
-        for (int w = 0; w < p.k_warps; w++) total += here[w * TILE_VALUES + value];
-        float& kept = partial[step * row_parts * TILE_VALUES + value];
-        if (panel) total += kept;
+        for (int w = 0; w < p.k_warps; w++) total += here[w * TILE_VALUES];
+        float& before = partial[kept_steps * row_parts * TILE_VALUES + i];
+        if (panel) total += before;
+        const int tile = first - (step - 1 - back) * tile_step + part;
         const int row = tile * TILE_ROWS + value % 16, token = value / 16;
-        if (panel_end < p.items) kept = total;
+        if (panel_end < p.items) before = total;
         else if (row < p.rows && token < p.tokens)
           p.y[token * p.y_stride + row] = float_to_x(total + (p.bias ? x_to_float(p.bias[row]) : 0.f));
       }
+      if (!last) __syncthreads();
+      kept_steps += step;
+      step = 0;
     }
   }
   wait_copies<0>();

@@ -18,6 +18,8 @@ MAX_FEW_TOKENS = 16
 RING_BYTES = 176 << 10  # of weights in flight per block
 LEAST_RING_BYTES = 48 << 10  # still hides the latency
 SMALL_WEIGHT = 24 << 20  # numbers
+BINARY_TOKENS = 2  # most for `binary_linear`; more take `byte_linear`
+LEAST_ROWS = 16  # of fewer, all outputs may cancel: then the rounding of x would show
 DENSE_WORKSPACE_BYTES = 128 << 20
 FIELD_WIDTHS = (8, 16, 32, 64)
 STEP_GROUPS = 1024  # fewest groups of 4-bit free levels in a weight for `code_linear.cu`
@@ -27,10 +29,10 @@ CODE_REGISTERS = {8: (72, 104), 16: (72, 112), 32: (80, 112), 64: (104, 128), 12
 
 @dataclass(frozen=True)
 class FewPlan:
-    """One launch of a kernel for few tokens (`few_tokens.cuh`).
+    """One launch of a kernel for few tokens (`few_tokens.cuh`, `exact_linear.cu`).
 
     Attributes:
-        kernel: ``binary_linear`` or ``byte_linear``.
+        kernel: ``binary_linear``, ``byte_linear`` or, for very few rows, ``exact_linear``.
         tokens: tokens that the kernel is compiled for; it takes as many or fewer.
         warps, stages: warps of a block, items in flight per warp.
         blocks: blocks that fit on a processor; 2 lets the next product start during this one.
@@ -38,6 +40,7 @@ class FewPlan:
         panel_items: items of x that a block holds at a time.
         grid, shared_bytes: of the launch.
         early: items per warp that are fetched before the kernel ahead has finished.
+        cut: inputs that a thread of ``binary_linear`` cuts at a time, 16 or 32.
     """
 
     kernel: str
@@ -50,6 +53,7 @@ class FewPlan:
     grid: int
     shared_bytes: int
     early: int = 1
+    cut: int = 16
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,12 @@ def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tu
     """Plans for 1 to 16 tokens; none if the card has too little shared memory for so many."""
     if tokens > MAX_FEW_TOKENS:
         return ()
+    if layout.rows < LEAST_ROWS:
+        return (
+            FewPlan(
+                "exact_linear", MAX_FEW_TOKENS, 4, 1, 1, 1, layout.items, layout.rows, 0
+            ),
+        )
     one = _whole_plan(layout, scale_bytes, tokens, device)
     if one is None:
         one = _panel_plan(layout, scale_bytes, tokens, device)
@@ -130,16 +140,20 @@ def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tu
         return ()
     plans: list[FewPlan | None] = [one]
     if tokens <= 4 and layout.group >= 128 and device.capability == (9, 0):  # measured there
-        shapes = [(16, stages, 1, 1, 1) for stages in (2, 3, 4, 5, 6, 7)]
-        shapes += [(8, stages, 2, 2, 1) for stages in (4, 5, 6)]
-        if layout.bits <= 2:  # an item is short: two make up for the start
-            shapes.append((16, 5, 1, 1, 2))
+        shapes = [(16, stages, 1, 16) for stages in (2, 3, 4, 5, 6, 7)]
+        shapes += [(16, stages, 3, 16) for stages in (4, 5, 6)]  # more weights before x
         if layout.rows * layout.inputs <= SMALL_WEIGHT:  # x is what a small product waits for
-            shapes += [(16, stages, 1, 1, 0) for stages in (2, 3, 4, 5)]
-        for (warps, stages, blocks, grid, early), k_warps in itertools.product(shapes, (4, 8, 16)):
+            shapes += [(16, stages, 0, 16) for stages in (2, 3, 4, 5)]
+        turns = _ceil(layout.items * 16 * tokens, 512)  # in which 512 threads cut x, 16 inputs each
+        if turns == 2:
+            shapes += [(24, stages, early, 16) for stages in (3, 4, 5) for early in (1, 3)]
+        if turns > 1 and tokens <= BINARY_TOKENS:
+            shapes += [(16, stages, early, 32) for stages in (3, 4, 5) for early in (1, 3)]
+        for (warps, stages, early, cut), k_warps in itertools.product(shapes, (4, 8, 16)):
             plans.append(
                 _whole_plan(
-                    layout, scale_bytes, tokens, device, warps, stages, blocks, grid, k_warps, early
+                    layout, scale_bytes, tokens, device, warps, stages, k_warps=k_warps,
+                    early=early, cut=cut,
                 )
             )
     elif one.panel_items == layout.items and one.k_warps < one.warps:
@@ -161,7 +175,7 @@ class _FewSizes:
     def of(cls, layout: Layout, scale_bytes: int, tokens: int) -> _FewSizes:
         records = 2 * max(1, 128 // layout.group) * 96
         # A token costs the binary kernel 12 instructions a plane, the other one 2.5, and 25 once.
-        if tokens <= 2:
+        if tokens <= BINARY_TOKENS:
             kernel, compiled, item = "binary_linear", tokens, tokens * (576 + records)
         else:
             kernel, compiled = "byte_linear", next(n for n in (4, 8, 16) if n >= tokens)
@@ -170,12 +184,13 @@ class _FewSizes:
         return cls(kernel, compiled, item, layout.bits * 512 + scales, compiled * TILE_ROWS * 4)
 
     def fixed(self, warps: int, stages: int) -> int:
-        return warps * (stages * self.stage + 2 * self.tile)
+        rounds = 2 if self.compiled >= 4 else 4  # tiles between two meetings of the warps
+        return warps * (stages * self.stage + rounds * self.tile)
 
 
 def _whole_plan(
     layout: Layout, scale_bytes: int, tokens: int, device: Card, warps: int = 0, stages: int = 0,
-    blocks: int = 1, grid_factor: int = 1, k_warps: int = 0, early: int = 1,
+    blocks: int = 1, grid_factor: int = 1, k_warps: int = 0, early: int = 1, cut: int = 16,
 ) -> FewPlan | None:
     """A plan that holds all of x, if that fits; zeros: by rule."""
     sizes = _FewSizes.of(layout, scale_bytes, tokens)
@@ -189,7 +204,7 @@ def _whole_plan(
         least = max(2, min(most, _ceil(LEAST_RING_BYTES, warps * sizes.stage)))
         fitting = (s for s in range(most, least - 1, -1) if sizes.fixed(warps, s) <= room)
         stages = next(fitting, 0)
-    if not stages or k_warps > warps or sizes.fixed(warps, stages) > room:
+    if not stages or warps % max(k_warps, 1) or sizes.fixed(warps, stages) > room:
         return None
     processors = device.processors * grid_factor
     k_warps = k_warps or _k_warps(layout, warps, processors)
@@ -197,7 +212,7 @@ def _whole_plan(
     shared = sizes.fixed(warps, stages) + layout.items * sizes.item
     return FewPlan(
         sizes.kernel, sizes.compiled, warps, stages, blocks, k_warps, layout.items, grid, shared,
-        early,
+        min(early, stages), cut,
     )
 
 
@@ -247,7 +262,7 @@ def _k_warps(layout: Layout, warps: int, processors: int) -> int:
         rounds = _ceil(layout.tiles, processors * (warps // k))
         return rounds * (_ceil(layout.items, k) + 0.3)  # 0.3 items: the sums of a tile meet
 
-    return min((k for k in (16, 8, 4, 2, 1) if k <= warps), key=cost)
+    return min((k for k in (16, 8, 4) if k <= warps), key=cost)  # fewer: measured to be slower
 
 
 def _ceil(a: int, b: int) -> int:

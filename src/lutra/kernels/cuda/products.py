@@ -15,7 +15,7 @@ from torch import Tensor
 from lutra.errors import KernelError, ResourceError
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_sizes
 from lutra.kernels.cuda.launch import Card, Function, card, function, word_boxes
-from lutra.kernels.cuda.layout import TILE_ROWS, Layout, scales_size
+from lutra.kernels.cuda.layout import TILE_ROWS, WHOLE_ITEMS, Layout, scales_size
 from lutra.kernels.cuda.plans import (
     DENSE_WORKSPACE_BYTES,
     CodePlan,
@@ -137,10 +137,15 @@ def format_defines(
 def few_defines(
     plan: FewPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
 ) -> dict[str, int]:
-    """Compile-time parameters of `binary_linear.cu` and `byte_linear.cu`."""
-    return format_defines(layout, uniform, scale, x) | {
-        "TOKENS": plan.tokens, "WARPS": plan.warps, "STAGES": plan.stages, "BLOCKS": plan.blocks,
-        "EARLY": plan.early,
+    """Compile-time parameters of `binary_linear.cu`, `byte_linear.cu` and `exact_linear.cu`."""
+    both = format_defines(layout, uniform, scale, x) | {"TOKENS": plan.tokens}
+    if plan.kernel == "exact_linear":
+        return both
+    whole_row = layout.group == WHOLE_ITEMS and layout.groups == 1
+    whole_row = whole_row and plan.tokens <= (8 if layout.bits <= 4 else 2)  # registers
+    return both | {
+        "WARPS": plan.warps, "STAGES": plan.stages, "BLOCKS": plan.blocks, "EARLY": plan.early,
+        "WHOLE_ROW": int(whole_row), "CUT": plan.cut,
     }
 
 

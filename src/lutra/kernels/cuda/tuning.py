@@ -56,7 +56,8 @@ BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 FIELD_TOKENS = {True: 320, False: 128}
 _PLANS: dict[str, Callable[..., Plan]] = {
-    "binary_linear": FewPlan, "byte_linear": FewPlan, "batch_linear": BatchPlan,
+    "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
+    "batch_linear": BatchPlan,
     "field_linear": FieldPlan, "code_linear": CodePlan, "dense": DensePlan,
 }
 
