@@ -28,6 +28,12 @@ from lutra.kernels.cuda.plans import (
     few_plans,
     field_plans,
 )
+from lutra.kernels.cuda.prefill_plans import (
+    PrefillPlan,
+    prefill_fits,
+    prefill_plans,
+    prefill_shared_bytes,
+)
 from lutra.kernels.cuda.tuning import choose
 from lutra.kernels.dispatch import LinearSpec
 
@@ -104,6 +110,9 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
                     assert rows * sizes.passes >= shape[0]
                     assert sizes.shared_bytes < card.shared_bytes
                     assert sizes.x_slices * batch.panels * batch.cluster >= layout.items * 2
+                for prefill in prefill_plans(layout, False, 2, tokens, card):
+                    assert prefill_shared_bytes(prefill, layout, False) < card.shared_bytes
+                    assert prefill_fits(prefill, layout, False, 2, tokens, card)
                 codes = code_plans(layout, False, 2, tokens, card)
                 assert bool(codes) == (card is H200 and layout.group >= 128 and bits <= 4)
                 for code in codes:
@@ -120,7 +129,7 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
 def test_choice_comes_with_a_reason() -> None:
     layout = layout_of(4096, 4096, 3, 128, True)
     kinds = [type(choose(layout, True, 2, tokens, H200)[0]) for tokens in (1, 16, 4096)]
-    assert kinds == [FewPlan, BatchPlan, CodePlan]
+    assert kinds == [FewPlan, BatchPlan, PrefillPlan]
     wide = layout_of(4096, 4096, 6, 128, False)
     kinds = [type(choose(wide, False, 2, tokens, H200)[0]) for tokens in (1, 16, 64, 4096)]
     assert kinds == [FewPlan, FewPlan, FieldPlan, DensePlan]
@@ -184,7 +193,8 @@ def test_argument_structs_mirror_the_sources() -> None:
         "binary_linear": products._FewArguments, "byte_linear": products._FewArguments,
         "exact_linear": products._FewArguments,
         "arrange": products._ArrangeArguments, "field_linear": products._FieldArguments,
-        "code_linear": products._CodeArguments, "steps": products._StepsArguments,
+        "code_linear": products._CodeArguments, "code_prefill": products._CodeArguments,
+        "prefill_arrange": products._ArrangeArguments, "steps": products._StepsArguments,
         "dequantize": products._DequantizeArguments, "batch_linear": products._BatchArguments,
     }
     assert ctypes.sizeof(products._CodeArguments) % 64 == 0  # as the compiler pads it

@@ -13,6 +13,7 @@ from functools import cache
 from lutra.kernels.cuda.batch_plans import BatchPlan
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
+from lutra.kernels.cuda.prefill_plans import STEP_GROUPS, PrefillPlan
 
 MAX_FEW_TOKENS = 16
 RING_BYTES = 176 << 10  # of weights in flight per block
@@ -22,7 +23,6 @@ BINARY_TOKENS = 2  # most for `binary_linear`; more take `byte_linear`
 LEAST_ROWS = 16  # of fewer, all outputs may cancel: then the rounding of x would show
 DENSE_WORKSPACE_BYTES = 128 << 20
 FIELD_WIDTHS = (8, 16, 32, 64)
-STEP_GROUPS = 1024  # fewest groups of 4-bit free levels in a weight for `code_linear.cu`
 # Registers of a thread of `code_linear.cu` by width, without and with cutting ahead.
 CODE_REGISTERS = {8: (72, 104), 16: (72, 112), 32: (80, 112), 64: (104, 128), 128: (128, 168)}
 
@@ -119,7 +119,7 @@ class DensePlan:
     rows: int
 
 
-Plan = FewPlan | BatchPlan | FieldPlan | CodePlan | DensePlan
+Plan = FewPlan | BatchPlan | FieldPlan | CodePlan | PrefillPlan | DensePlan
 
 
 @cache

@@ -28,6 +28,13 @@ from lutra.kernels.cuda.plans import (
     has_steps,
     inputs_bytes,
 )
+from lutra.kernels.cuda.prefill_plans import (
+    PrefillPlan,
+    arrange_blocks,
+    arrange_bytes,
+    arranged_bytes,
+    prefill_shared_bytes,
+)
 from lutra.kernels.cuda.tuning import choose
 
 
@@ -183,6 +190,17 @@ def batch_defines(
     }
 
 
+def prefill_defines(
+    plan: PrefillPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time parameters of `prefill_arrange.cu` and `code_prefill.cu`."""
+    one_plane = layout.bits == 1  # levels of one plane are uniform
+    both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
+    return both, both | {
+        "GROUPS": plan.groups, "STAGES": plan.stages, "CLUSTER": plan.cluster,
+    }
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -311,6 +329,35 @@ def _code_functions(
     )
 
 
+def _code_arguments(
+    tiles: int, planes: Tensor, scales: Tensor, arranged: Tensor, factors: Tensor,
+    bias: Tensor | None, y: Tensor, tokens: int, layout: Layout, uniform: bool,
+    order: tuple[int, int, int],
+) -> _CodeArguments:
+    """Arguments of `code_linear.cu` and `code_prefill.cu`.
+
+    Args:
+        tiles: tiles of 16 rows in a block.
+        order: blocks of rows, tiles of tokens, those of them that run side by side.
+    """
+
+    def boxes(tensor: Tensor, offset: int, columns: int, words: int) -> ctypes.Array[Any]:
+        """Boxes of as many tiles as a block has, each with ``words`` 32-bit words."""
+        return word_boxes(
+            tensor.data_ptr() + offset, layout.tiles, columns * words, tiles, words
+        )
+
+    steps = scales_size(layout) * 2 if has_steps(layout, uniform) else 0
+    return _CodeArguments(
+        boxes(planes, 0, layout.items * 2, layout.bits * 64),
+        boxes(scales, 0, layout.groups, layout.slots * 8),
+        boxes(scales, steps, layout.groups, 8),
+        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
+        y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
+        layout.items_per_group, *order,
+    )
+
+
 def code_linear(
     plan: CodePlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
     layout: Layout, uniform: bool,
@@ -332,27 +379,59 @@ def code_linear(
     factors = torch.empty(padded, dtype=torch.float32, device=x.device)
     _arrange(arrange, x, arranged, factors, layout)
 
-    def boxes(tensor: Tensor, offset: int, columns: int, words: int) -> ctypes.Array[Any]:
-        """Boxes of as many tiles as a block has, each with ``words`` 32-bit words."""
-        return word_boxes(
-            tensor.data_ptr() + offset, layout.tiles, columns * words, plan.warpgroups * 4, words
-        )
-
-    scale_words = layout.slots * 8
-    arguments = _CodeArguments(
-        boxes(planes, 0, slices, layout.bits * 64),
-        boxes(scales, 0, layout.groups, scale_words),
-        boxes(scales, scales_size(layout) * 2 if has_steps(layout, uniform) else 0,
-              layout.groups, 8),
-        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(),
-        _pointer(bias), y.data_ptr(), y.stride(0), layout.rows, tokens, layout.tiles,
-        layout.items, layout.groups, layout.items_per_group, row_blocks, token_tiles,
-        min(plan.near_tiles, token_tiles),
+    arguments = _code_arguments(
+        plan.warpgroups * 4, planes, scales, arranged, factors, bias, y, tokens, layout, uniform,
+        (row_blocks, token_tiles, min(plan.near_tiles, token_tiles)),
     )
     kernel(
         arguments, (plan.cluster * row_blocks * token_tiles, 1, 1), plan.warpgroups * 128 + 32,
         plan.cluster,
     )
+
+
+@cache
+def _prefill_functions(
+    plan: PrefillPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype,
+    device: Card,
+) -> tuple[Function, Function]:
+    arrange, main = prefill_defines(plan, layout, uniform, scale, x)
+    shared = prefill_shared_bytes(plan, layout, uniform)
+    return (
+        function("prefill_arrange", arrange, device, arrange_bytes(layout)),
+        function("code_prefill", main, device, shared),
+    )
+
+
+def prefill_linear(
+    plan: PrefillPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
+    layout: Layout, uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for a hundred rows of x and more on Hopper; up to 4 bits."""
+    if has_steps(layout, uniform):
+        _check_steps(scales, layout)
+    device, tokens, slices = card(x.device.index), x.shape[0], layout.items * 2
+    arrange, kernel = _prefill_functions(plan, layout, uniform, scales.dtype, x.dtype, device)
+    token_tiles, row_blocks = -(-tokens // plan.tokens), -(-layout.rows // (64 * plan.groups))
+    padded = plan.tokens * token_tiles
+    size = arranged_bytes(layout, uniform, padded, x.dtype == torch.float16)
+    arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
+    factors = torch.empty(padded, dtype=torch.float32, device=x.device)
+    arrange(
+        _ArrangeArguments(
+            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
+            layout.inputs, slices,
+        ),
+        (padded // 8 * arrange_blocks(layout), 1, 1),
+        256,
+        arrange_blocks(layout),
+    )
+    arguments = _code_arguments(
+        plan.groups * 4, planes, scales, arranged, factors, bias, y, tokens, layout, uniform,
+        (row_blocks, token_tiles, min(plan.near_tiles, token_tiles)),
+    )
+    clusters = -(-row_blocks // plan.cluster) * token_tiles
+    grid = min(device.processors // plan.cluster, clusters) * plan.cluster
+    kernel(arguments, (grid, 1, 1), (plan.groups + 1) * 128, plan.cluster)
 
 
 class _StepsArguments(ctypes.Structure):
@@ -462,6 +541,9 @@ def run(
     if isinstance(plan, CodePlan):
         code_linear(plan, x, planes, scales, bias, y, layout, uniform)
         return True
+    if isinstance(plan, PrefillPlan):
+        prefill_linear(plan, x, planes, scales, bias, y, layout, uniform)
+        return True
     dense_linear(plan, x, planes, scales, y, layout, uniform)
     return False
 
@@ -499,6 +581,9 @@ def plan_instances(
     if isinstance(plan, CodePlan):
         arrange, main = code_defines(plan, layout, uniform, scale, x)
         return [("arrange", arrange), ("code_linear", main)]
+    if isinstance(plan, PrefillPlan):
+        arrange, main = prefill_defines(plan, layout, uniform, scale, x)
+        return [("prefill_arrange", arrange), ("code_prefill", main)]
     return [("dequantize", format_defines(layout, uniform, scale, x))]
 
 
@@ -521,5 +606,7 @@ def load(
             _field_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, CodePlan):
             _code_functions(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, PrefillPlan):
+            _prefill_functions(plan, layout, uniform, scale, x, gpu)
     _dequantize_function(layout, uniform, scale, x, gpu)
     dense_workspace(torch.device("cuda", index), x)

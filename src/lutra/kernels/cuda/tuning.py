@@ -43,6 +43,12 @@ from lutra.kernels.cuda.plans import (
     field_plans,
     field_shared_bytes,
 )
+from lutra.kernels.cuda.prefill_plans import (
+    PREFILL_TOKENS,
+    PrefillPlan,
+    prefill_fits,
+    prefill_plans,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +61,12 @@ SMALL_WEIGHTS = 24 << 20
 BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 FIELD_TOKENS = {True: 320, False: 128}
+PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
     "batch_linear": BatchPlan,
-    "field_linear": FieldPlan, "code_linear": CodePlan, "dense": DensePlan,
+    "field_linear": FieldPlan, "code_linear": CodePlan, "code_prefill": PrefillPlan,
+    "dense": DensePlan,
 }
 
 
@@ -126,6 +134,9 @@ def choose(
         )
     if batch:
         return batch[0], f"by rule: up to {batch_most} tokens on {device.arch}"
+    prefill = prefill_plans(layout, uniform, scale_bytes, tokens, device)
+    if prefill and layout.rows * tokens >= PREFILL_RESULTS * device.processors:
+        return prefill[0], f"by rule: more than {PREFILL_TOKENS} tokens that fill {device.arch}"
     if code:
         return code[0], f"by rule: more than {few_most} tokens on {device.arch}"
     if field and tokens <= FIELD_TOKENS[codes]:
@@ -151,6 +162,8 @@ def _fits(
             and plan.stages > 2
             and 1 <= plan.cluster <= min(8, layout.items * 2)
         )
+    if isinstance(plan, PrefillPlan):
+        return prefill_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, CodePlan):
         need = code_shared_bytes(layout, uniform, plan.tokens, plan.warpgroups, plan.stages)
         return (
@@ -174,6 +187,7 @@ def candidates(
     if tokens > 4:
         plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_plans(layout, uniform, scale_bytes, tokens, device)[:8]
+    plans += prefill_plans(layout, uniform, scale_bytes, tokens, device)
     if tokens > 1 and not any(isinstance(plan, CodePlan) for plan in plans):
         plans += field_plans(layout, uniform, tokens, device)[:6]
     if tokens > 32:

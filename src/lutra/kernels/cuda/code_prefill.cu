@@ -1,0 +1,408 @@
+// y = x W^T for hundreds of tokens and more, on fp16 tensor cores of Hopper (wgmma, sm_90a): up to 4 bits,
+// groups of 128 and more, scales in half. The arithmetic is that of `code_linear.cu`: a weight is an exact
+// integer in a half times its group's step, the sums stay in the accumulators in units of the current
+// group's step, and the offsets times the sums of x over each slice are a product of their own at the end.
+//
+// A block takes GROUPS x 64 rows and TOKENS tokens at a time and goes from tile to tile until none is left. Its
+// first warpgroup fetches; the others take 64 rows each and queue their products in turns. While the tensor core
+// multiplies for one of them, the others rescale their sums, cut their next integers from the plane words, or
+// store their results. Without turns they would all do that, then all multiply. The blocks of a cluster take
+// different rows of the same tokens; each fetches a share of x for all of them.
+//
+// -D: TOKENS 128|256, GROUPS 2|3, STAGES, CLUSTER 1|2. Grid: as many blocks as the card has processors, or fewer.
+
+#include "prefill.cuh"
+
+
+struct Arguments {
+  TensorMap planes;        // [tiles][slices * words of a slice], see common.cuh; boxes: TILES slices
+  TensorMap scales;        // [tiles][groups * words of a group]; boxes: TILES groups
+  TensorMap steps;         // free levels, see steps.cu: [tiles][groups * 8]; boxes: TILES groups
+  const char* scales_at;
+  const char* arranged;    // see prefill.cuh
+  const float* factors;
+  const u16* bias;         // [rows] in the type of x, or null
+  u16* y;                  // [tokens][rows], rows y_stride apart
+  long long y_stride;
+  int rows, tokens;
+  int tiles, items, groups, items_per_group;
+  int row_blocks, token_tiles, near_tiles;   // token tiles of the same rows that run side by side
+};
+
+constexpr int ROWS = GROUPS * 64, THREADS = GROUPS * 128 + 128;
+constexpr int MULTIPLY_REGISTERS = GROUPS == 2 ? 232 : 152, FETCH_REGISTERS = 40;
+constexpr int GROUP_SCALE_BYTES = 16 * SLOTS * SCALE_SIZE;   // of 16 rows
+constexpr int TILES = ROWS / 16;                      // of 16 rows
+constexpr int PLANES = TILES * SLICE_BYTES;           // bytes of one slice in the ring
+constexpr int SCALES = TILES * GROUP_SCALE_BYTES, STEPS = UNIFORM ? 0 : TILES * 32;
+constexpr int STAGE_BYTES = X_BYTES + PLANES + SCALES + STEPS;
+constexpr int SUMS = TOKENS / 2;                      // of a lane
+constexpr int STORED = BITS == 4 && !UNIFORM && TOKENS == 256 ? 16 : 32;                            // tokens that are stored at a time
+constexpr int STORE_BYTES = STORED * 128;             // of a warpgroup
+constexpr float SUMS_UNIT = UNIFORM ? 1.f / 65536.f : 256.f;   // of the product with the sums of x
+
+DEVICE u32 load_word(u32 shared) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
+  return v;
+}
+DEVICE u32 load_global(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+DEVICE void touch(const float* p) {
+  asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
+}
+DEVICE float divide(float a, float b) {   // within 2 units in the last place; b is no subnormal
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  return a * r;
+}
+// A copy that arrives at the same place in all blocks of a cluster of two.
+DEVICE void copy_to_all(u32 shared, const void* global, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1], %2, [%3], %4;"
+               :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {   // of a block of the cluster
+  if (CLUSTER == 1) return barrier_arrive(barrier);
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
+}
+DEVICE void group_barrier(int id) { asm volatile("bar.sync %0, 128;" :: "r"(id) : "memory"); }
+template <int REGISTERS> DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+}
+template <int REGISTERS> DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+}
+// Four 8x8 tiles of 16-bit values, each stored transposed; lane 8 i + j gives the address of row j of tile i.
+DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+DEVICE u32 y_pair(float low, float high) {
+  u32 pair;
+  if (X_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+struct Tile {
+  int row, token;   // blocks of rows, tiles of tokens
+  DEVICE Tile(const Arguments& p, int index) {   // of a cluster
+    const int rows = (p.row_blocks + CLUSTER - 1) / CLUSTER;
+    const int together = p.near_tiles * rows, far = index / together, inside = index - far * together;
+    const int near = min(p.near_tiles, p.token_tiles - far * p.near_tiles);
+    const int rows_of = inside / near;
+    row = rows_of * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0);
+    token = far * p.near_tiles + inside - rows_of * near;
+  }
+};
+
+struct Position {   // in the ring of stages
+  int stage = 0;
+  u32 parity = 0;
+  DEVICE void next() { if (++stage == STAGES) { stage = 0; parity ^= 1; } }
+};
+
+// What a warp reads of its 16 rows and a slice before it cuts.
+constexpr float LEAST = 8.6736174e-19f;
+struct Words {
+  u32 low[BITS], high[BITS];
+#if !UNIFORM
+  Levels levels;
+#endif
+
+  // From addresses in shared memory: planes and scales of a tile, and its integers of steps.cu. Returns the
+  // steps of rows g and g + 8. A step of 0 would leave no unit for the sums: it is 2^-60.
+  DEVICE float2 load(u32 planes, u32 scales, u32 steps, int lane) {
+#pragma unroll
+    for (int q = 0; q < BITS; q++)
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(low[q]), "=r"(high[q]) : "r"(planes + q * 256 + lane * 8));
+    scales += (lane >> 2) * (4 * SLOTS);
+    auto alpha_pair = [&](int q) {
+      const u32 pair = load_word(scales + 4 * q);
+      return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16)));
+    };
+    float2 unit;
+#if UNIFORM
+    const float2 alpha = alpha_pair(0);
+    unit.x = fabsf(alpha.x) < LEAST ? LEAST : alpha.x * (4.f / (1 << BITS));
+    unit.y = fabsf(alpha.y) < LEAST ? LEAST : alpha.y * (4.f / (1 << BITS));
+#else
+    const u32 step = load_word(steps + (lane >> 2) * 4);
+    float2 alpha[BITS], largest = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int q = 0; q < BITS; q++) {
+      alpha[q] = alpha_pair(q);
+      largest.x = fmaxf(largest.x, fabsf(alpha[q].x));
+      largest.y = fmaxf(largest.y, fabsf(alpha[q].y));
+    }
+    const float2 m = make_float2((float)(step & 0xFFFFu), (float)(step >> 16));
+    unit.x = largest.x < LEAST ? LEAST : divide(largest.x, m.x);
+    unit.y = largest.y < LEAST ? LEAST : divide(largest.y, m.y);
+    const float2 inverse = make_float2(divide(1.f, unit.x), divide(1.f, unit.y));
+    u32 integers[BITS];
+#pragma unroll
+    for (int q = 0; q < BITS; q++)   // rounded by the addition; NaN stays
+      integers[q] = half_pair((alpha[q].x * inverse.x + 12582912.f) - 12582912.f,
+                              (alpha[q].y * inverse.y + 12582912.f) - 12582912.f);
+    levels.make(integers);
+#endif
+    return unit;
+  }
+
+  DEVICE void cut(u32 (&a)[8][4]) const {
+#if UNIFORM
+    Fields fields[2];
+    fields[0].interleave(low);
+    fields[1].interleave(high);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      a[j][0] = fields[0].pair(2 * j);
+      a[j][1] = fields[1].pair(2 * j);
+      a[j][2] = fields[0].pair(2 * j + 1);
+      a[j][3] = fields[1].pair(2 * j + 1);
+    }
+#else
+    u32 pair[16];
+    levels.pairs(0, low, pair);
+#pragma unroll
+    for (int b = 0; b < 16; b++) a[b >> 1][(b & 1) * 2] = pair[b];
+    levels.pairs(1, high, pair);
+#pragma unroll
+    for (int b = 0; b < 16; b++) a[b >> 1][(b & 1) * 2 + 1] = pair[b];
+#endif
+  }
+};
+
+DEVICE void rescale(float (&sum)[SUMS], float2 ratio) {   // of rows g and g + 8
+#pragma unroll
+  for (int i = 0; i < SUMS; i += 4) {
+    sum[i] *= ratio.x;
+    sum[i + 1] *= ratio.x;
+    sum[i + 2] *= ratio.y;
+    sum[i + 3] *= ratio.y;
+  }
+}
+
+DEVICE void pass_turn(u32 turns, int group) {   // to the next warpgroup
+  if ((threadIdx.x & 31) == 0) barrier_arrive(turns + 8 * ((group + 1) % GROUPS));
+}
+
+// Products of a warpgroup, in turn: it waits until the one before it has queued its own. The wait is a loop, which
+// the compiler does not move the cutting and rescaling behind.
+template <int N> DEVICE void multiply(float (&sum)[SUMS], u32 (&a)[N][4], u32 stage, u32 turns, int group, u32& turn) {
+#pragma unroll
+  for (int j = 0; j < N; j++)
+    asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3]));
+#pragma unroll
+  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[i]));
+  const u32 x = x_descriptor(stage);
+  barrier_wait(turns + 8 * group, turn);
+  turn ^= 1;
+  products_begin();
+#pragma unroll
+  for (int j = 0; j < N; j++) {
+    multiply_add<TOKENS>(sum, a[j], x + j * (TOKENS * 2));
+    if (j == min(N - 1, 4)) pass_turn(turns, group);   // so that the queue does not run dry
+  }
+  products_commit();
+}
+
+// What the sums of x are multiplied with: see prefill.cuh. `slice` is that of half 0 and this lane.
+DEVICE void sum_terms(u32 (&a)[4], const Arguments& p, const char* scales, int slice) {
+  auto pair = [&](int of, int slot) -> u32 {   // of rows g and g + 8
+    if (of >= p.items * 2) return 0;
+    const int group = GROUP == 256 ? of / 2 / p.items_per_group : of;
+    return load_global((const u32*)(scales + group * GROUP_SCALE_BYTES) + slot);
+  };
+  const u32 offset = pair(slice, SLOTS - 1);
+  if (TERMS == 4) {
+    const u32 alpha = pair(slice, 0);
+    a[0] = __byte_perm(offset, 0, 0x1010);
+    a[1] = __byte_perm(offset, 0, 0x3232);
+    a[2] = __byte_perm(alpha, 0, 0x1010);
+    a[3] = __byte_perm(alpha, 0, 0x3232);
+  } else {
+    const u32 next = pair(slice + 4, SLOTS - 1);
+    const u32 second = UNIFORM ? pair(slice, 0) : offset, next_second = UNIFORM ? pair(slice + 4, 0) : next;
+    a[0] = __byte_perm(offset, second, 0x5410);
+    a[1] = __byte_perm(offset, second, 0x7632);
+    a[2] = __byte_perm(next, next_second, 0x5410);
+    a[3] = __byte_perm(next, next_second, 0x7632);
+  }
+}
+
+// Results of 64 rows and 128 tokens, through a tile [64 tokens][64 rows] in shared memory.
+DEVICE void store(const Arguments& p, const float (&sum)[SUMS], int row, int token, u32 staged, int barrier) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, thread = threadIdx.x & 127;
+  const int of = row + warp * 16 + (lane >> 2);
+  float bias[2] = {0.f, 0.f};
+  if (p.bias) {
+    if (of < p.rows) bias[0] = x_to_float(p.bias[of]);
+    if (of + 8 < p.rows) bias[1] = x_to_float(p.bias[of + 8]);
+  }
+  const float* factors = p.factors + token + 2 * (lane & 3);
+  // Tile i of a store: rows 8 (i & 1), tokens 8 (i >> 1); lines of 128 bytes, swizzled.
+  const u32 line = staged + ((lane & 7) + (lane >> 4) * 8) * 128;
+  const u32 at = line + (((2 * warp + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
+#pragma unroll
+  for (int round = 0; round < TOKENS / STORED; round++) {
+    group_barrier(barrier);   // the tile has been read
+#pragma unroll
+    for (int i = 0; i < STORED / 16; i++) {
+      u32 pair[4];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int column = round * STORED + 16 * i + 8 * j, d = column / 2;
+        float2 f = *(const float2*)(factors + column);
+        f.x *= 256.f;
+        f.y *= 256.f;
+        pair[2 * j] = y_pair(fmaf(sum[d], f.x, bias[0]), fmaf(sum[d + 1], f.y, bias[0]));
+        pair[2 * j + 1] = y_pair(fmaf(sum[d + 2], f.x, bias[1]), fmaf(sum[d + 3], f.y, bias[1]));
+      }
+      store_transposed(at + i * 16 * 128, pair[0], pair[1], pair[2], pair[3]);
+    }
+    group_barrier(barrier);
+#pragma unroll
+    for (int i = 0; i < STORED / 16; i++) {
+      const int here = i * 16 + (thread >> 3), chunk = thread & 7;
+      const int y_token = token + round * STORED + here, y_row = row + chunk * 8;
+      if (y_token >= p.tokens || y_row >= p.rows) continue;
+      uint4 v;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "r"(staged + here * 128 + ((chunk ^ (here & 7)) << 4)));
+      u16* y = p.y + y_token * p.y_stride + y_row;
+      if (y_row + 8 <= p.rows && ((u64)y & 15) == 0) {
+        *(uint4*)y = v;
+      } else {
+        const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+          if (y_row + k < p.rows) y[k] = (u16)(words[k >> 1] >> (k & 1) * 16);
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+code_prefill(const __grid_constant__ Arguments p) {
+  extern __shared__ __align__(128) char shared[];   // the ring, then tiles of results
+  __shared__ __align__(8) u64 barriers[2 * STAGES + GROUPS];
+  const u32 ring = shared_address(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
+  const u32 turns = empty + 8 * STAGES;
+  const int slices = p.items * 2, parts = (slices + PART_SLICES - 1) / PART_SLICES;
+  const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+  const int tiles = (p.row_blocks + CLUSTER - 1) / CLUSTER * p.token_tiles;
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);   // uniform
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, GROUPS * 4 * CLUSTER);
+    }
+    for (int g = 0; g < GROUPS; g++) barrier_init(turns + 8 * g, 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (CLUSTER > 1) cluster_sync(); else __syncthreads();
+  let_next_kernel_start();
+
+  if (warpgroup == 0) {
+    give_registers<FETCH_REGISTERS>();
+    if (threadIdx.x == 0) {
+      wait_for_previous_kernel();
+      Position at;
+      at.parity = 1;   // the stages are free at first
+      for (int index = first; index < tiles; index += step) {
+        const Tile tile(p, index);
+        const char* x = p.arranged + (long long)tile.token * (slices * (long long)X_BYTES + parts * PART_BYTES);
+        // Blocks begin at different slices, so that they do not all ask for the same at once.
+        const int shift = (tile.row / CLUSTER * 7 + tile.token * 3) % slices;
+        for (int n = 0; n < slices + parts; n++) {
+          const u32 stage = ring + at.stage * STAGE_BYTES, barrier = full + 8 * at.stage;
+          const u32 planes = stage + X_BYTES, scales = planes + PLANES, steps = scales + SCALES;
+          const int slice = shift + n < slices ? shift + n : shift + n - slices, bytes = n < slices ? X_BYTES : PART_BYTES;
+          const char* from = n < slices ? x + slice * (long long)X_BYTES
+                                        : x + slices * (long long)X_BYTES + (n - slices) * PART_BYTES;
+          barrier_wait(empty + 8 * at.stage, at.parity);
+          barrier_expect(barrier, n < slices ? STAGE_BYTES : PART_BYTES);
+          if (n < slices) {
+            const int group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
+            copy_box(planes, p.planes, slice * (SLICE_BYTES / 4), tile.row * TILES, barrier);
+            copy_box(scales, p.scales, group * (GROUP_SCALE_BYTES / 4), tile.row * TILES, barrier);
+            if (!UNIFORM) copy_box(steps, p.steps, group * 8, tile.row * TILES, barrier);
+          }
+          if (CLUSTER > 1) {
+            const int share = cluster_rank() * (bytes / CLUSTER);
+            copy_to_all(stage + share, from + share, bytes / CLUSTER, barrier);
+          } else {
+            copy_bulk(stage, from, bytes, barrier);
+          }
+          at.next();
+        }
+      }
+    }
+    __syncwarp();
+  } else {
+    take_registers<MULTIPLY_REGISTERS>();
+    const int group = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+    const u32 staged = ring + STAGES * STAGE_BYTES + group * STORE_BYTES;
+    const int of = group * 4 + warp;   // tile of 16 rows
+    u32 turn = 0;   // parity
+    Position at;   // of what is read next
+    float sum[SUMS];
+    u32 a[8][4];
+    auto load = [&](Words& words) {
+      barrier_wait(full + 8 * at.stage, at.parity);
+      const u32 planes = ring + at.stage * STAGE_BYTES + X_BYTES, scales = planes + PLANES, steps = scales + SCALES;
+      return words.load(planes + of * SLICE_BYTES, scales + of * GROUP_SCALE_BYTES, steps + of * 32, lane);
+    };
+    auto release = [&](int stage) {
+      if (lane < CLUSTER) barrier_arrive_at(empty + 8 * stage, lane);
+    };
+    if (group == GROUPS - 1) pass_turn(turns, group);
+    wait_for_previous_kernel();
+    for (int index = first; index < tiles; index += step) {
+      const Tile tile(p, index);
+      if ((threadIdx.x & 127) < TOKENS / 8) touch(p.factors + tile.token * TOKENS + (threadIdx.x & 127) * 8);
+      float2 unit = make_float2(1.f, 1.f);
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sum[i] = 0.f;
+      const int rows_of = min(tile.row * TILES + of, p.tiles - 1);
+      const char* scales = p.scales_at + ((long long)rows_of * p.groups * 8 + (lane >> 2)) * (2 * SLOTS * SCALE_SIZE);
+      Words words;
+      float2 next = load(words);
+#pragma unroll 1
+      for (int n = 0; n < slices; n++) {
+        rescale(sum, make_float2(divide(unit.x, next.x), divide(unit.y, next.y)));
+        unit = next;
+        words.cut(a);
+        const int stage = at.stage;
+        multiply(sum, a, ring + stage * STAGE_BYTES, turns, group, turn);
+        at.next();
+        next = load(words);   // while the products run; behind the last slice it finds a part and is not used
+        products_wait<0>();
+        release(stage);
+      }
+      rescale(sum, make_float2(unit.x * (1.f / SUMS_UNIT), unit.y * (1.f / SUMS_UNIT)));
+#pragma unroll 1
+      for (int n = 0; n < parts; n++) {
+        // Not while products run: the compiler would use the registers of their operand.
+        u32 terms[4][4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum_terms(terms[j], p, scales, n * PART_SLICES + j * (16 / TERMS) + (lane & 3));
+        barrier_wait(full + 8 * at.stage, at.parity);
+        multiply(sum, terms, ring + at.stage * STAGE_BYTES, turns, group, turn);
+        products_wait<0>();
+        release(at.stage);
+        at.next();
+      }
+      store(p, sum, (tile.row * GROUPS + group) * 64, tile.token * TOKENS, staged, 8 + group);
+    }
+    __syncwarp();
+  }
+  if (CLUSTER > 1) cluster_sync();   // no block leaves while another still writes to it
+}
