@@ -3,6 +3,7 @@
 - `binary_linear.cu`, 1 and 2 tokens: binary tensor cores; a plane word is an operand as it stands.
 - `byte_linear.cu`, 3 to 16 tokens: 8-bit tensor cores on masked words.
 - `exact_linear.cu`, a handful of rows: fp32, nothing rounded.
+- `batch_linear.cu`, 5 to 64 tokens, Hopper: fp16 tensor cores, every warp for itself.
 - `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.
 - `code_linear.cu`, from 8 tokens to any number, Hopper: fp16 tensor cores on exact integers.
 - `dequantize.cu`, elsewhere: dense rows for the library's product.
