@@ -6,8 +6,8 @@ copy it to a buffer, while the device fetches the buffers that are full, and eac
 anew for its kernel as it arrives.
 
 With ``LUTRA_PINNED_LOAD=0`` torch copies the mapped tensors one by one, and layers are laid out
-when all are there. Measured on an H200, that takes 1.7 times as long from the disk and 1.2 times
-from the page cache (`docs/performance-model.md`); it needs 256 MiB less of pinned memory.
+when all are there. Measured on an H200, that takes 1.1 to 1.7 times as long from a disk and 1.1
+times from the page cache (`docs/performance-model.md`); it needs 256 MiB less of pinned memory.
 """
 
 from __future__ import annotations
