@@ -391,8 +391,10 @@ def table(results: list[dict[str, Any]], rows: list[str]) -> str:
                 int4 = span([100 * r["shares"]["int4_multiplies"] for r in found], "{:.0f}".format)
                 cell += f"; {bits} bits, {int4} % INT4"
             cells.append(cell)
-        perplexity = next(r for r in results if r["model"] == name)["perplexity_reference"]
-        lines.append(f"| {name} | {perplexity:.2f} | " + " | ".join(cells) + " |")
+        # Rows may have been measured on more or fewer windows.
+        longest = max((r for r in results if r["model"] == name), key=lambda r: r["tokens"])
+        perplexity = f"{longest['perplexity_reference']:.2f}"
+        lines.append(f"| {name} | {perplexity} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
