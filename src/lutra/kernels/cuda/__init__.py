@@ -6,8 +6,8 @@
 - `batch_linear.cu`, 5 to 64 tokens, Hopper: fp16 tensor cores, every warp for itself.
 - `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.
 - `code_linear.cu`, from 8 tokens to any number, Hopper: fp16 tensor cores on exact integers.
-- `code_prefill.cu`, a hundred tokens and more, Hopper: the same in blocks of more tokens, whose warps
-  cut and multiply in turns; `prefill_arrange.cu` orders x for it.
+- `code_prefill.cu`, a hundred tokens and more, Hopper: the same in blocks of more tokens, whose
+  warps cut and multiply in turns; `prefill_arrange.cu` orders x for it.
 - `dequantize.cu`, elsewhere: dense rows for the library's product.
 
 `layout.py` orders a weight once for all of them, `plans.py` lists how each could run, `tuning.py`
