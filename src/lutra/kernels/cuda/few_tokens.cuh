@@ -1,24 +1,25 @@
 // The frame of the kernels for few tokens: streaming, panels, sums. `few_tokens<Product>` is the body of
 // a kernel; Product says what x looks like in shared memory and how an item is multiplied:
 //
-//   TILES                   tiles that a warp multiplies side by side
 //   X_BYTES, RECORD_BYTES   of shared memory for x of an item, all tokens, and what goes with it
 //   Sums                    what a lane adds up over its items, zero at first
 //   Lane                    what a lane knows of its place: addresses in shared memory, constants
-//   tasks(), load(), cut()  x of a panel into operands, 32 inputs of a token at a time; four neighbouring
-//                           lanes are one slice of one token
-//   multiply(...)           one item of TILES tiles
-//   collect(...)            a warp's sums as [TILES][TOKENS][16 rows]
+//   Levels                  scales of a whole row, in registers
+//   tasks(), load(), cut()  x of a panel into operands, 16 or 32 inputs of a token at a time; neighbouring
+//                           lanes share a slice of a token
+//   multiply(...)           one item
+//   collect(...)            a warp's sums as [TOKENS][16 rows]
 //
 // Block b takes tiles of 16 rows; its warps split the inputs (k_warps) and, if a row is short, several
-// tiles. One more warp fetches: a stage of the ring in shared memory holds one item of every warp, copied
-// in pieces that are as long as the warps that share a tile. EARLY stages are asked for before the
-// previous kernel has finished, the others after x: x would wait behind them. Partial sums of the warps of
-// a tile meet in shared memory, always in the same order; the warps take turns to add them. If x does not
-// fit in shared memory, the rows are walked in panels, sums kept in `partial`.
+// tiles. Every warp streams its items through its own ring in shared memory (cp.async). A part of the
+// ring is filled before the previous kernel has finished, the rest after x has been asked for: x would
+// wait for whatever was asked for before. x comes into registers and is cut there. Partial sums of the
+// warps of a tile meet in shared memory every ROUNDS tiles, always in the same order. If x does not fit
+// in shared memory, the rows are walked in panels, sums kept in `partial`.
 //
-// -D: TOKENS, WARPS (that multiply), STAGES, EARLY, BLOCKS, WHOLE_ROW 0|1 (one group per row). Grid: any
-// number of blocks of (WARPS + 1) x 32 threads; dynamic shared memory: see `_FewSizes` in plans.py.
+// -D: TOKENS (a power of two), WARPS, STAGES (items in a warp's ring), EARLY (those fetched ahead), BLOCKS,
+// WHOLE_ROW 0|1 (one group per row). Grid: any number of blocks of WARPS x 32 threads; dynamic shared
+// memory: see `_FewSizes` in plans.py.
 
 struct Arguments {
   const char* planes;      // see common.cuh
@@ -33,7 +34,7 @@ struct Arguments {
   int panel_items, k_warps;
 };
 
-constexpr int THREADS = WARPS * 32;             // that multiply
+constexpr int THREADS = WARPS * 32;
 constexpr float MAGIC = 12582912.f;             // 1.5 * 2^23: the float bits of MAGIC + i end in i
 constexpr int MAGIC_BITS = 0x4B400000;
 constexpr int STAGE_BYTES = PLANE_BYTES + SCALE_BYTES;
