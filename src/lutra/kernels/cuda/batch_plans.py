@@ -8,6 +8,7 @@ from functools import cache
 
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import TILE_ROWS, Layout
+from lutra.kernels.cuda.prefill_plans import STEP_GROUPS
 
 BATCH_TOKENS = (8, 16, 32, 64)  # widths that are compiled
 SUM_TOKENS = 16  # tokens whose sums meet in shared memory at a time
@@ -96,7 +97,8 @@ def _clusters(cluster: int, device: Card) -> int:
 def _most_warps(kind: str, sums: int, tiles: int, panels: int) -> int:
     """Warps of a block whose registers suffice; ``sums`` are tokens times tiles of a warp."""
     if kind != "codes":
-        return 0 if panels > 1 or sums > 64 else 16 if sums <= 16 else 12 if sums <= 32 else 8
+        fits = panels == 1 and sums <= (32 if kind == "signs" else 64)
+        return 0 if not fits else 16 if sums <= 16 else 12 if sums <= 32 else 8
     most = 16 if sums <= 32 else 14 if sums <= 64 else 8
     return 0 if sums > 128 else min(most, 12) if tiles == 4 or panels > 1 else most
 
@@ -122,13 +124,15 @@ def _plans(
         kinds, (1, 2, 4), (4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16), (1, 2, 3, 4, 5, 8, 12),
         CLUSTERS, (1, 2, 4),
     ):
+        if kind == "signs" and width > 16:  # too many products
+            continue
         if warps % k_warps or warps > _most_warps(kind, width * tiles, tiles, panels):
             continue
         units = _ceil(layout.tiles, tiles)
         passes = _ceil(units, warps // k_warps * _clusters(cluster, device))
         clusters = _ceil(units, warps // k_warps * passes)
         # Clocks of a processor: of a tile's slice, and of a slice of a warp that is alone.
-        factor = {"codes": 1.0, "levels": 1.9, "signs": 0.4 + 0.4 * layout.bits}[kind]
+        factor = {"codes": 1.0, "levels": 2.4, "signs": 0.4 + 0.4 * layout.bits}[kind]
         work = SLICE_CLOCKS[width] * factor
         alone = (450 + 10 * width) * tiles
         of_block = _ceil(slices, cluster)
@@ -167,6 +171,10 @@ def batch_fits(
         and plan.clusters > 0
         and plan.signs in (0, 1)
         and not (plan.signs and uniform)
+        and (
+            plan.signs == 1 or uniform or layout.bits < 4
+            or layout.rows * layout.groups >= STEP_GROUPS
+        )
         and batch_sizes(plan, layout, uniform).shared_bytes
         <= device.shared_bytes - RESERVED_BYTES
     )
