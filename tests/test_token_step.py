@@ -117,7 +117,8 @@ def test_norms(dtype, features, layer_norm, delta):
      (128, 16, 2, True, True), (256, 8, 4, True, False)],
 )  # fmt: skip
 @pytest.mark.parametrize(
-    ("batch", "capacity", "position"), [(1, 256, 0), (1, 256, 37), (3, 512, 300), (2, 2048, 1999)]
+    ("batch", "capacity", "position"),
+    [(1, 256, 0), (1, 256, 37), (3, 512, 300), (2, 2048, 1999), (16, 288, 260), (64, 288, 260)],
 )
 def test_attention(dtype, d, heads, kv_heads, rotary, norms, batch, capacity, position):
     torch.manual_seed(position)
@@ -170,7 +171,11 @@ def test_attention_of_prompts(dtype, d, heads, kv_heads, rotary, norms, batch, l
     wanted_qkv = token_step._turned_heads(qkv.clone(), shape, *rest)
     y = token_step.prompt_attention(qkv.clone(), keys, values, shape, *rest)
     q, k, v = (t.view(batch, length, -1, d).transpose(1, 2) for t in wanted_qkv)
-    assert torch.equal(keys[:, :, :length], k) and torch.equal(values[:, :, :length], v)
+    if norms:  # sums of another order may round a key to its neighbour
+        assert torch.allclose(keys[:, :, :length], k, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    else:
+        assert torch.equal(keys[:, :, :length], k)
+    assert torch.equal(values[:, :, :length], v)
     assert (keys[:, :, length:] == 0).all() and (values[:, :, length:] == 0).all()
     exact = torch.nn.functional.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), is_causal=True, scale=shape.scale, enable_gqa=True
