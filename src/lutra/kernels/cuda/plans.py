@@ -145,7 +145,7 @@ def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tu
         if layout.rows * layout.inputs <= SMALL_WEIGHT:  # x is what a small product waits for
             shapes += [(16, stages, 0, 16) for stages in (2, 3, 4, 5)]
         turns = _ceil(layout.items * 16 * tokens, 512)  # in which 512 threads cut x, 16 inputs each
-        if turns == 2:
+        if turns == 2 and tokens <= BINARY_TOKENS:  # the other kernel has too few registers then
             shapes += [(24, stages, early, 16) for stages in (3, 4, 5) for early in (1, 3)]
         if turns > 1 and tokens <= BINARY_TOKENS:
             shapes += [(16, stages, early, 32) for stages in (3, 4, 5) for early in (1, 3)]
