@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,12 @@ from lutra.formats.bitplanes import BitPlanes, groups_per_row
 from lutra.kernels.cuda import CudaKernel, kernels, tuning
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_plans, batch_sizes
 from lutra.kernels.cuda.launch import Card
-from lutra.kernels.cuda.layout import from_kernel_order, layout_of, to_kernel_order
+from lutra.kernels.cuda.layout import (
+    from_kernel_order,
+    layout_for,
+    layout_of,
+    to_kernel_order,
+)
 from lutra.kernels.cuda.plans import (
     CodePlan,
     DensePlan,
@@ -266,3 +272,21 @@ def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         "binary_linear", "byte_linear", "batch_linear", "arrange", "field_linear", "code_linear",
         "dequantize",
     }
+
+
+def test_every_measured_plan_of_the_package_is_taken() -> None:
+    """A row that does not fit its kernel any more would be passed over without a word."""
+    tables = list((Path(tuning.__file__).parent / "tuned").glob("*.json"))
+    assert tables
+    for path in tables:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        card = Card(0, table["card"], (9, 0), 132, 232448, 233472)
+        for row in table["rows"]:
+            rows, inputs = map(int, row["shape"].split("x"))
+            u, bits, group = re.fullmatch(r"(u?)bcq(\d)g(\d+)", row["format"]).groups()
+            spec = LinearSpec(
+                rows, inputs, int(bits), inputs if group == "256" else int(group), bool(u),
+                torch.device("cuda", 0), torch.float16,
+            )  # fmt: skip
+            _, reason = choose(layout_for(spec), bool(u), 2, row["tokens"], card)
+            assert "fastest of those measured" in reason, row
