@@ -190,14 +190,11 @@ class _FewSizes:
 
 def _whole_plan(
     layout: Layout, scale_bytes: int, tokens: int, device: Card, warps: int = 0, stages: int = 0,
-    blocks: int = 1, grid_factor: int = 1, k_warps: int = 0, early: int = 1, cut: int = 16,
+    k_warps: int = 0, early: int = 1, cut: int = 16,
 ) -> FewPlan | None:
     """A plan that holds all of x, if that fits; zeros: by rule."""
     sizes = _FewSizes.of(layout, scale_bytes, tokens)
-    limit = device.shared_bytes
-    if blocks > 1:
-        limit = min(limit, device.processor_shared_bytes // blocks - 1024)
-    room = limit - layout.items * sizes.item
+    room = device.shared_bytes - layout.items * sizes.item
     warps = warps or _warps(device)
     if not stages:
         most = max(2, min(6, RING_BYTES // (warps * sizes.stage)))
@@ -206,12 +203,11 @@ def _whole_plan(
         stages = next(fitting, 0)
     if not stages or warps % max(k_warps, 1) or sizes.fixed(warps, stages) > room:
         return None
-    processors = device.processors * grid_factor
-    k_warps = k_warps or _k_warps(layout, warps, processors)
-    grid = min(processors, _ceil(layout.tiles, warps // k_warps))
+    k_warps = k_warps or _k_warps(layout, warps, device.processors)
+    grid = min(device.processors, _ceil(layout.tiles, warps // k_warps))
     shared = sizes.fixed(warps, stages) + layout.items * sizes.item
     return FewPlan(
-        sizes.kernel, sizes.compiled, warps, stages, blocks, k_warps, layout.items, grid, shared,
+        sizes.kernel, sizes.compiled, warps, stages, 1, k_warps, layout.items, grid, shared,
         min(early, stages), cut,
     )
 
