@@ -266,7 +266,4 @@ class QuantizedLinear(nn.Module):
         shown = f"{self.in_features}, {self.out_features}, {self.format}, {bias=}, kernel={kernel}"
         if self.siblings is None:
             return shown
-        if self._is_joined:
-            others = [n for i, n in enumerate(self.siblings.names) if i != self._place]
-            return f"{shown}, one product with {' and '.join(others)}"
-        return f"{shown}, alone: {self.siblings.apart}" if self.siblings.apart else shown
+        return shown + self.siblings.describe(self._place, self._is_joined)

@@ -199,6 +199,13 @@ class Siblings:
         assert self.choice is not None and self.spec is not None
         return self.choice.kernel.linear(x, self.prepared, self.bias, self.spec)
 
+    def describe(self, place: int, is_joined: bool) -> str:
+        """What the printed form of the layer at a place says of the others; empty if nothing."""
+        if is_joined:
+            others = [n for i, n in enumerate(self.names) if i != place]
+            return f", one product with {' and '.join(others)}"
+        return f", alone: {self.apart}" if self.apart else ""
+
 
 class _Held:
     """A joint result until all siblings have taken their rows, or its input is gone."""
