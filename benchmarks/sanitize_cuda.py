@@ -177,6 +177,47 @@ def run_flat(bits: int) -> Counter[str]:
     return ran
 
 
+def run_flat_inputs() -> Counter[str]:
+    """What is computed on the way to the integers, bit for bit where modules round; rotations."""
+    from lutra.formats.flat import FlatWeight, largest_digit, rotate_inputs
+    from lutra.kernels.cuda import flat_products
+    from lutra.kernels.cuda.flat_layout import multiplier_of, prepare
+    from lutra.kernels.cuda.launch import card
+    from lutra.kernels.flat.before import Activation, Norm, apply
+
+    ran: Counter[str] = Counter()
+    most = largest_digit(8)
+    for out, inputs in ((72, 416), (40, 1013)):
+        limit = torch.where(torch.rand(inputs) < 0.1, 3 * most, most)
+        limit[7] = 100 * most
+        wide = ((torch.rand(out, inputs) * 2 - 1) * most).round().long()
+        scale = torch.rand(out) * 1e-3 + 1e-5
+        layer = FlatWeight.pack(wide.cuda(), scale.cuda(), limit.cuda(), 8)
+        prepared = prepare(layer, multiplier_of(card(0).capability, 8))
+        gain, shift = (torch.rand(inputs).half().cuda() for _ in range(2))
+        for tokens in (1, 7, 65, 300):
+            x, times = (torch.randn(tokens, inputs).half().cuda() for _ in range(2))
+            for before in (
+                Norm(gain, 1e-5), Norm(gain, 1e-5, shift), Activation("relu"),
+                Activation("gelu_tanh"), Activation("silu", times),
+            ):  # fmt: skip
+                y = flat_products.linear(x, prepared, None, out, before)
+                expected = flat_products.linear(apply(x, before), prepared, None, out)
+                error = (y.float() - expected.float()).norm() / expected.float().norm()
+                if error > (1e-2 if isinstance(before, Norm) else 0.0):
+                    name = getattr(before, "name", "norm")
+                    print(f"WRONG {name} on the way, {tokens} x {inputs}: {error:.2e}")
+                ran[type(before).__name__] += 1
+    for inputs, block in ((416, 64), (1013, 256)):
+        index = torch.randperm(inputs)[: inputs // block * block].view(-1, block).int().cuda()
+        for tokens in (1, 2, 9, 131):
+            x = torch.randn(tokens, inputs).half().cuda()
+            if not torch.equal(flat_products.rotate(x, index), rotate_inputs(x, index)):
+                print(f"WRONG rotation of {tokens} x {inputs} in blocks of {block}")
+            ran["flat_rotate"] += 1
+    return ran
+
+
 def run_step() -> Counter[str]:
     """Norms, activations, attention and sums of a decoding step."""
     from lutra.kernels.cuda import token_step
@@ -238,6 +279,7 @@ PARTS: dict[str, Callable[[], Counter[str]]] = {
     "step": run_step,
     "flat4": lambda: run_flat(4),
     "flat8": lambda: run_flat(8),
+    "flat-inputs": run_flat_inputs,
     **{form.name: lambda form=form: run_format(form) for form in FORMATS},
 }
 
