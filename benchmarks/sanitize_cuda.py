@@ -73,6 +73,7 @@ FORMATS = (
     Format((20, 520), 1, 64, False),
     Format((200, 736), 8, 128, False, scale=torch.float32, x=torch.bfloat16),
     Format((1040, 4224), 2, 128, False),
+    Format((9, 300), 3, 128, False),
 )
 
 
@@ -263,6 +264,20 @@ def run_step() -> Counter[str]:
             y = token_step.attention(*on_card, shape, tuple(t.cuda() for t in tables))
             near("token_attention", y, expected)
             near("token_attention", on_card[1], keys)
+            length = 33
+            prompt = torch.randn(batch * length, (heads + 2 * kv_heads) * d).to(dtype)
+            angle = torch.rand(batch * length, d // 2) * 6
+            tables = tuple(torch.cat([f] * 2, -1).to(dtype) for f in (angle.cos(), angle.sin()))
+            norms = (torch.rand(d).to(dtype), torch.rand(d).to(dtype)) if d == 64 else None
+            cache = torch.zeros(2, batch, kv_heads, length + 2, d, dtype=dtype)
+            on_cache = cache.cuda()
+            expected = token_step.prompt_attention(prompt.clone(), *cache, shape, tables, norms)
+            y = token_step.prompt_attention(
+                prompt.cuda(), *on_cache, shape, tuple(t.cuda() for t in tables),
+                None if norms is None else tuple(t.cuda() for t in norms),
+            )  # fmt: skip
+            near("prompt_heads", y, expected)
+            near("prompt_heads", on_cache, cache)
         # A sum over two ranks of which the other one's packets have come already, with their flags.
         values = 4 * 300
         x, other = torch.randn(values).to(dtype), torch.randn(values).to(dtype)
@@ -284,23 +299,41 @@ PARTS: dict[str, Callable[[], Counter[str]]] = {
 }
 
 
-def run_part(name: str) -> None:
+def product_of_sums(x: torch.Tensor, weight_t: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """``torch.mm`` without the library of products."""
+    for i in range(x.shape[0]):
+        out[i] = (x[i, :, None].float() * weight_t.float()).sum(0)
+    return out
+
+
+def run_part(name: str, library: bool) -> None:
+    """Run one part.
+
+    Args:
+        library: whether rows that `dequantize` has expanded are multiplied by cuBLAS.
+    """
     torch.manual_seed(0)
+    if not library:
+        torch.mm = product_of_sums
     ran = PARTS[name]()
     torch.cuda.synchronize()
     print("RAN", dict(ran), flush=True)
 
 
-def check(part: str, tool: str, seconds: float, kernels: str) -> tuple[bool, str]:
+def check(
+    part: str, tool: str, seconds: float, kernels: str, cublas: bool
+) -> tuple[bool, str]:
     """Whether a part is clean under a tool, and what there is to say.
 
     Args:
         kernels: names of the kernels that the tool looks at; all of ours if empty.
+        cublas: use cuBLAS behind `dequantize` under racecheck, too.
     """
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     more = ["--racecheck-report", "all"] if tool == "racecheck" else []
-    # Only our kernels: racecheck takes barriers of cuBLAS for none. cuda-bindings asks the driver
-    # for functions that it does not have, which is no error.
+    # Only our kernels: racecheck takes barriers of cuBLAS for none, and dies of some of its
+    # kernels, so products do without them there. cuda-bindings asks the driver for functions that
+    # it does not have, which is no error.
     names = kernels.split(",") if kernels else sorted(
         path.stem for path in Path(nvrtc.__file__).parent.glob("*.cu")
     )  # fmt: skip
@@ -308,6 +341,8 @@ def check(part: str, tool: str, seconds: float, kernels: str) -> tuple[bool, str
         sanitizer, "--tool", tool, *more, "--print-limit", "20", "--report-api-errors", "no",
         "--kernel-name", f"regex=^({'|'.join(names)})$", sys.executable, __file__, "--run", part,
     ]  # fmt: skip
+    if tool == "racecheck" and not cublas:
+        command.append("--without-cublas")
     start = time.monotonic()
     try:
         done = subprocess.run(
@@ -335,15 +370,19 @@ def main() -> None:
     parser.add_argument("--kernels", default="", help="look at these only; all run")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600, help="for one part under one tool")
+    parser.add_argument("--cublas", action="store_true", help="use it under racecheck, too")
     parser.add_argument("--run", help="run one part here, without a tool")
+    parser.add_argument("--without-cublas", action="store_true", help="for --run: do without it")
     options = parser.parse_args()
     if options.run:
-        run_part(options.run)
+        run_part(options.run, not options.without_cublas)
         return
     pairs = [(p, t) for t in options.tools.split(",") for p in options.parts.split(",")]
     bad = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda pair: check(*pair, options.seconds, options.kernels), pairs)
+        found = pool.map(
+            lambda pair: check(*pair, options.seconds, options.kernels, options.cublas), pairs
+        )
         for (part, tool), (clean, text) in zip(pairs, found, strict=True):
             print(f"{tool:10} {part:28} {'clean' if clean else 'NOT CLEAN'}  {text}", flush=True)
             bad += not clean

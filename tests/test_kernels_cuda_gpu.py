@@ -234,8 +234,11 @@ def test_many_tokens_and_odd_sizes() -> None:
         for batch in (20, 63, 129, 1000):
             check(weight, torch.randn(batch, in_features, device="cuda").half())
 
+
+@pytest.mark.parametrize("bits", range(1, 5))
 @pytest.mark.parametrize("uniform", [False, True])
-def test_plans_for_many_tokens(uniform: bool) -> None:
+@pytest.mark.parametrize("shape", [(33, 300, 128), (700, 4128, 256), (1200, 2176, 128)])
+def test_plans_for_many_tokens(shape: tuple[int, int, int], uniform: bool, bits: int) -> None:
     """Every plan of `code_prefill.cu`: odd sizes, groups of one row, bias, both types."""
     from lutra.kernels.cuda.launch import card
     from lutra.kernels.cuda.layout import layout_of, to_kernel_order
@@ -243,22 +246,22 @@ def test_plans_for_many_tokens(uniform: bool) -> None:
     from lutra.kernels.cuda.products import add_steps, run
 
     torch.manual_seed(8)
-    cases = itertools.product(
-        [(33, 300, 128), (700, 4128, 256), (1200, 2176, 128)], (1, 2, 3, 4), (65, 300, 700)
-    )
-    for (out_features, in_features, group_size), bits, tokens in cases:
-        weight = random_weight(out_features, in_features, bits, group_size, uniform)
-        layout = layout_of(out_features, in_features, bits, group_size, uniform)
-        planes, scales = to_kernel_order(weight, layout)
-        torch.cuda.synchronize()
-        scales = add_steps(scales, layout, uniform)
-        torch.cuda.synchronize()
-        for dtype in (torch.float16, torch.bfloat16):
-            x = torch.randn(tokens, in_features + 1, device="cuda").to(dtype)[:, 1:]
-            bias = torch.randn(out_features, device="cuda").to(dtype)
-            exact = x.double() @ weight.unpack(torch.float64).T + bias.double()
-            for plan in prefill_plans(layout, uniform, 2, tokens, card(0)):
-                y = torch.full((tokens, out_features), float("nan"), device="cuda").to(dtype)
-                run(plan, x, planes, scales, bias, y, layout, uniform)
-                error = (y.double() - exact).norm().item()
-                assert error <= ROUNDING_ALLOWANCE * rounding_error(exact, dtype), (plan, dtype)
+    out_features, in_features, group_size = shape
+    weight = random_weight(out_features, in_features, bits, group_size, uniform)
+    layout = layout_of(out_features, in_features, bits, group_size, uniform)
+    planes, scales = to_kernel_order(weight, layout)
+    torch.cuda.synchronize()
+    scales = add_steps(scales, layout, uniform)
+    torch.cuda.synchronize()
+    dtypes = (torch.float16, torch.bfloat16)
+    if group_size == 256:  # compiled anew: each type with every other width
+        dtypes = (dtypes[(bits + uniform) % 2],)
+    for tokens, dtype in itertools.product((65, 300, 700), dtypes):
+        x = torch.randn(tokens, in_features + 1, device="cuda").to(dtype)[:, 1:]
+        bias = torch.randn(out_features, device="cuda").to(dtype)
+        exact = x.double() @ weight.unpack(torch.float64).T + bias.double()
+        for plan in prefill_plans(layout, uniform, 2, tokens, card(0)):
+            y = torch.full((tokens, out_features), float("nan"), device="cuda").to(dtype)
+            run(plan, x, planes, scales, bias, y, layout, uniform)
+            error = (y.double() - exact).norm().item()
+            assert error <= ROUNDING_ALLOWANCE * rounding_error(exact, dtype), (plan, dtype)
