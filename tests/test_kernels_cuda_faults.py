@@ -159,11 +159,12 @@ def test_scales_of_another_dtype_are_refused() -> None:
 def test_wrong_activations_are_named(
     dtype: torch.dtype, features: int, device: str, words: str
 ) -> None:
-    from lutra.kernels.cuda.ops import _check
+    from lutra.kernels.cuda.ops import DTYPES
+    from lutra.kernels.ops import check_activations
 
     x = SimpleNamespace(dtype=dtype, shape=(1, features), device=device)
     with pytest.raises(RuntimeError, match=words):
-        _check(x, SimpleNamespace(device="cuda:0"), 256)  # type: ignore[arg-type]
+        check_activations(x, SimpleNamespace(device="cuda:0"), 256, DTYPES)  # type: ignore[arg-type]
 
 
 def _compile(folder: str, count: multiprocessing.Value) -> None:  # type: ignore[valid-type]

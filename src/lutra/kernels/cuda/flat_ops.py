@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lutra.kernels.cuda.ops import DTYPES
 from lutra.kernels.flat.before import ACTIVATIONS, Activation, Before, Norm
-from lutra.kernels.ops import library
+from lutra.kernels.ops import check_activations, library
 
 _PREPARED = (
     "Tensor weight, Tensor scale, Tensor entries, Tensor wide, Tensor keep, Tensor step, "
@@ -27,18 +28,7 @@ library.define(f"cuda_flat_quantize(Tensor x, {_PREPARED}, int in_features) -> (
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, inputs: int) -> None:
     from lutra.kernels.cuda.flat_products import BIAS_DTYPES
 
-    torch._check(
-        x.dtype in (torch.float16, torch.bfloat16),
-        lambda: f"the flat CUDA kernels take float16 and bfloat16 activations, not {x.dtype}",
-    )
-    torch._check(
-        x.shape[-1] == inputs,
-        lambda: f"activations have {x.shape[-1]} features, the weight takes {inputs}",
-    )
-    torch._check(
-        x.device == weight.device,
-        lambda: f"activations are on {x.device}, the weight on {weight.device}",
-    )
+    check_activations(x, weight, inputs, DTYPES)
     if bias is not None:
         torch._check(
             bias.shape == (rows,) and bias.dtype in BIAS_DTYPES and bias.device == x.device,

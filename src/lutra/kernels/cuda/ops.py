@@ -5,27 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lutra.kernels.ops import library
+from lutra.kernels.ops import check_activations, library
 
 library.define(
     "cuda_linear(Tensor x, Tensor planes, Tensor scales, Tensor? bias, int out_features, "
     "int in_features, int bits, int group_size, bool uniform) -> Tensor"
 )
-
-
-def _check(x: Tensor, planes: Tensor, in_features: int) -> None:
-    torch._check(
-        x.dtype in (torch.float16, torch.bfloat16),
-        lambda: f"the CUDA kernels take float16 and bfloat16 activations, not {x.dtype}",
-    )
-    torch._check(
-        x.shape[-1] == in_features,
-        lambda: f"activations have {x.shape[-1]} features, the weight takes {in_features}",
-    )
-    torch._check(
-        x.device == planes.device,
-        lambda: f"activations are on {x.device}, the weight on {planes.device}",
-    )
+DTYPES = (torch.float16, torch.bfloat16)  # of activations
 
 
 @torch.library.register_fake("lutra::cuda_linear", lib=library)
@@ -33,7 +19,7 @@ def _(
     x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, out_features: int,
     in_features: int, bits: int, group_size: int, uniform: bool,
 ) -> Tensor:
-    _check(x, planes, in_features)
+    check_activations(x, planes, in_features, DTYPES)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -44,7 +30,7 @@ def _cuda_linear(
     from lutra.kernels.cuda.layout import layout_of
     from lutra.kernels.cuda.products import multiply
 
-    _check(x, planes, in_features)
+    check_activations(x, planes, in_features, DTYPES)
     layout = layout_of(out_features, in_features, bits, group_size, uniform)
     y = multiply(x.reshape(-1, in_features), planes, scales, bias, layout, uniform)
     return y.view(*x.shape[:-1], out_features)
