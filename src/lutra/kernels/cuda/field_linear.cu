@@ -12,6 +12,7 @@
 // registers), BLOCKS (of a processor at a time). GROUP is 128 or 256. Grid: (cluster size, row blocks, token tiles).
 
 #include "fields.cuh"
+#include "hopper.cuh"
 
 struct Arguments {
   const char* planes;      // see common.cuh
@@ -32,52 +33,13 @@ constexpr int X_BYTES = TOKENS * 260;                 // a slice of x and its su
 constexpr int SUMS = TOKENS / 2;                      // of a lane
 constexpr int PITCH = ROWS + 4;                       // of the block's sums in shared memory
 
-DEVICE void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
-}
-DEVICE void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-DEVICE void barrier_expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-}
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile("{ .reg .pred p;\n"
-               "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
-               "@!p bra again; }" :: "r"(barrier), "r"(parity) : "memory");
-}
-DEVICE void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
-}
 DEVICE uint2 load_weights(const void* p) {
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
-DEVICE u32 cluster_rank() { u32 r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-DEVICE u32 cluster_size() { u32 r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r)); return r; }
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-DEVICE float4 load_cluster(u32 shared, u32 rank) {
-  u32 address;
-  float4 v;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-  return v;
-}
-DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-DEVICE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// Upper half of the descriptor of x in shared memory, without swizzle: core matrices of 8 tokens by 8
-// inputs (128 bytes) are 256 bytes apart along the tokens (the lower half: 128 along the inputs).
-constexpr u32 X_STRIDES = 256 >> 4;
-DEVICE u32 x_descriptor(u32 shared) { return (shared & 0x3FFFF) >> 4 | (128 >> 4) << 16; }
-
-// d (+)= A x: 64 rows (16 of each warp) by N tokens by 16 inputs. A lane holds rows g and g + 8.
+// As multiply_add, or from zero: clearing the sums would take registers that some widths do not have.
 template <int N> DEVICE void matrix_product(float (&d)[N / 2], const u32 (&a)[4], u32 x, bool add);
 template <> DEVICE void matrix_product<8>(float (&d)[4], const u32 (&a)[4], u32 x, bool add) {
   asm volatile("{ .reg .pred p; .reg .b64 x; setp.ne.b32 p, %10, 0; mov.b64 x, {%8, %9};\n"
@@ -162,7 +124,7 @@ DEVICE void multiply_slice(const Weights& w, u32 x, const float* x_sums, float (
         matrix_product<TOKENS>(part, a[j], x + j * (TOKENS * 2), j > 0);
       products_commit();
     }
-    products_wait();
+    products_wait<0>();
     // Levels +1 and -1 from bits 1 and 0; a code c of BITS planes is sum_q 2^(BITS-1-q) b_q.
     float2 step;
     if (CODES) {
