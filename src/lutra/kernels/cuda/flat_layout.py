@@ -32,7 +32,6 @@ from lutra.kernels.flat.lowering import Lowered, lower
 
 COLUMN_TILE = 128
 ROW_TILE = 128
-MAX_COMMON_DIGIT = {4: 7, 8: 127}
 _ROWS_AT_ONCE = 4096
 
 
