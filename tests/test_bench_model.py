@@ -13,6 +13,7 @@ from lutra.bench.profile import part_of, plot, summarize
 from lutra.bench.shapes import SHAPES, random_model
 from lutra.errors import SchemeError
 from lutra.nn import QuantizedLinear
+from lutra.nn_flat import FlatLinear
 from lutra.scheme import Format
 
 _SMALL: dict[str, dict[str, Any]] = {
@@ -57,6 +58,20 @@ def test_weights_are_random_and_results_finite(shape):
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     assert layers and all(len(layer.weight.unique()) > 10 for layer in layers)
     assert all(len(layer.weight_scale.unique()) > 10 for layer in layers)
+    with torch.no_grad():
+        logits = model(torch.arange(8)[None]).logits
+    assert logits.isfinite().all() and logits.std() > 0.01
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_flattened_integers(shape, bits):
+    result = bench.bench_model(
+        shape, bits=bits, kind="flat", prompt_len=4, new_tokens=2, repeats=1, threads=1
+    )
+    assert result["format"] == f"flat{bits}" and result["ms_per_token"] > 0
+    model, _ = random_model(shape, Format("flat", bits), "cpu", "float32", 1)
+    layers = [m for m in model.modules() if isinstance(m, FlatLinear)]
+    assert layers and all(len(layer.input_limit.unique()) == 2 for layer in layers)
     with torch.no_grad():
         logits = model(torch.arange(8)[None]).logits
     assert logits.isfinite().all() and logits.std() > 0.01

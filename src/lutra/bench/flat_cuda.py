@@ -4,7 +4,8 @@ Protocol: every implementation is captured in a CUDA graph that multiplies disti
 after the other, together larger than twice the L2 cache (one where a single weight is that large).
 All implementations of a shape and a number of tokens take turns, some milliseconds each, so that
 the clock that the card can hold at its power limit is the same for all; the median of the turns is
-reported. Before that the card works for a while.
+reported. The order is drawn anew for every turn: who comes behind a kernel that waits for memory
+finds a cooler card. Before that the card works for a while.
 
 - ``cublas``: ``x @ W^T`` in bfloat16.
 - ``_int_mm``: torch's 8-bit product, int32 out, no scales; more than 16 tokens.
@@ -19,6 +20,7 @@ is in ``growth``. Some tokens of every product are compared with the exact one.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ from lutra.errors import KernelError
 from lutra.formats.flat import FlatWeight, largest_digit
 
 WIDE_SHARE, VERY_WIDE = 0.02, 4
-TURNS, TURN_SECONDS, WARM_SECONDS = 7, 0.012, 0.25
+TURNS, TURN_SECONDS, WARM_SECONDS = 11, 0.012, 0.25
 CHECKED_TOKENS, CHECKED_ROWS = 32, 512
 
 
@@ -265,5 +267,10 @@ def _take_turns(timed: list[_Timed]) -> list[float]:
         for candidate in timed:
             candidate.graph.replay()
         torch.cuda.synchronize()
-    turns = [[_replay_us(c, n) for c, n in zip(timed, replays, strict=True)] for _ in range(TURNS)]
-    return [statistics.median(of_one) for of_one in zip(*turns, strict=True)]
+    order, chooser = list(range(len(timed))), random.Random(0)
+    turns: list[list[float]] = [[] for _ in timed]
+    for _ in range(TURNS):
+        chooser.shuffle(order)
+        for i in order:
+            turns[i].append(_replay_us(timed[i], replays[i]))
+    return [statistics.median(of_one) for of_one in turns]

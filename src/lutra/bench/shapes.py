@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from lutra.architectures import longest_list
 from lutra.errors import SchemeError
 from lutra.evaluate.load import choose_dtype
+from lutra.formats.flat import largest_digit
 from lutra.integrations.tensor_parallel import Sum, check_degree, cut_blocks, new_buffers
 from lutra.nn import QuantizedLinear
+from lutra.nn_flat import FlatLinear
+from lutra.runtime.flat_inputs import defer
 from lutra.runtime.loading import check_fits
 from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
@@ -141,13 +144,18 @@ def random_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fill(name, parameter, config.hidden_size)
+        for module in model.modules():
+            if isinstance(module, FlatLinear):
+                _fill_flat(module)
     model.generation_config.eos_token_id = None  # random text has no end
     join_siblings(model)
+    defer(model)
     return model.eval(), total
 
 
-def _packed(module: nn.Linear, format: Format) -> QuantizedLinear:
-    return QuantizedLinear(
+def _packed(module: nn.Linear, format: Format) -> QuantizedLinear | FlatLinear:
+    kind = FlatLinear if format.kind == "flat" else QuantizedLinear
+    return kind(
         module.in_features, module.out_features, format, module.bias is not None,
         module.weight.dtype,
     )  # fmt: skip
@@ -169,6 +177,17 @@ def fill(name: str, parameter: Tensor, width: int) -> None:
         parameter.uniform_(0.5, 1.5)
     else:
         parameter.normal_(0, width**-0.5)
+
+
+def _fill_flat(layer: FlatLinear) -> None:
+    """What random bits cannot be: scales that fit random digits, and ranges of the inputs.
+
+    Every fiftieth input has twice the range of the others, so that flattening is at work.
+    """
+    most = largest_digit(layer.format.bits)
+    layer.weight_scale.mul_(3**0.5 / most)
+    layer.input_limit.fill_(most)
+    layer.input_limit[::50] *= 2
 
 
 def check_layers(layers: int, total: int) -> None:
