@@ -117,8 +117,46 @@ def test_prompts_read_by_fused_blocks(family, device, tmp_path):
         for layer, stored in zip(step.cache.step_layers, own.past_key_values.layers, strict=True):
             for a, b in ((layer.keys, stored.keys), (layer.values, stored.values)):
                 assert (a[:, :, :21] - b).abs().max() <= (1e-4 if device == "cpu" else 2e-2)
-                assert (a[:, :, 21:] == 0).all()
+                assert (a[:, :, 32:] == 0).all()  # prompts of 21 are filled up to 32
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@BOTH
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_prompts_are_filled_up_and_recorded(family, device, tmp_path, monkeypatch):
+    """What fills up a prompt, or was in the cache before it, changes no token."""
+    plain, model = _models(tmp_path, family, device)
+    monkeypatch.setattr("lutra.runtime.step.PROMPTS_KEPT", 2)
+    step = DecodeStep(model, 2, 128)
+    step._reads_fused = True
+
+    def tokens(ids: torch.Tensor) -> torch.Tensor:
+        step.prefill(ids)
+        for _ in range(5):
+            step.advance()
+        length = ids.shape[1]
+        assert int(step.cache.position) == length + 5
+        return step.tokens[length : length + 6].T
+
+    with torch.no_grad():
+        for seed, length in enumerate((40, 60, 3, 16, 41, 2, 90, 64, 17, 100)):
+            ids = _prompt(2, length, device, seed)
+            wanted = plain.generate(ids, max_new_tokens=6, do_sample=False)
+            first, second = tokens(ids), tokens(ids)
+            assert torch.equal(first, second)  # as it was launched, and as it was recorded
+            _assert_same(plain, torch.cat([ids, first], dim=1), wanted)
+    assert list(step._prompts) == [32, 128]  # those used last
+    assert step.recorded_prompts() == ([32, 128] if device == "cuda" else [])
+    assert DecodeStep(model, 40, 128)._padded_length(100) is None  # rows enough by themselves
+
+
+def test_a_prompt_is_filled_up_within_the_cache_and_the_positions(tmp_path):
+    _, model = _models(tmp_path, "opt")
+    step = DecodeStep(model, 1, 256)
+    assert step._padded_length(5) is None  # on a CPU products of more rows take longer
+    step._reads_fused = True
+    assert [step._padded_length(n) for n in (1, 16, 17, 97, 128)] == [16, 16, 32, 128, 128]
+    assert step._padded_length(129) is None  # 192 pass the positions
 
 
 @BOTH

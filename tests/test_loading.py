@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lutra.bench import shapes
 from lutra.bench.model import bench_model
 from lutra.errors import ResourceError
 from lutra.nn import QuantizedLinear
-from lutra.runtime import loading
+from lutra.runtime import loading, read_ahead
 from lutra.scheme import Format
 
 META = torch.device("meta")
@@ -233,3 +234,41 @@ def test_a_group_is_prepared_once_its_last_member_is_there_whatever_the_order():
         loading._prepare_when_whole(layer, torch.float16, mover, arrived)
         assert len(prepared) == expected
     assert prepared == ["out", "q", "k", "v"]
+
+
+def test_files_are_read_ahead_within_the_lead(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_ahead, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(read_ahead, "_is_cached", lambda handle, at, size: False)
+    files = [tmp_path / name for name in ("a", "b")]
+    for file, size in zip(files, (10_500, 3_001), strict=True):
+        file.write_bytes(bytes(size))
+    with read_ahead.ReadAhead(files, 4_000) as ahead:
+        _wait_until(lambda: ahead.read == 4_000)
+        time.sleep(0.05)
+        assert ahead.read == 4_000
+        ahead.reached(2_500)
+        _wait_until(lambda: ahead.read == 7_000)
+        ahead.reached(20_000)
+        _wait_until(lambda: ahead.read == 13_501)
+    assert not any(thread.is_alive() for thread in ahead._threads)
+
+
+def test_reading_ahead_passes_over_what_is_there_and_what_is_not(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(bytes(1 << 16))
+    file.read_bytes()
+    missing = tmp_path / "b"
+    missing.write_bytes(b"x")
+    ahead = read_ahead.ReadAhead([file, missing], 1 << 30)
+    missing.unlink()
+    with ahead:
+        for thread in ahead._threads:
+            thread.join(10)
+    assert ahead.read in (0, 1 << 16)  # not every file system says what is cached
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.002)

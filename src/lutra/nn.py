@@ -105,11 +105,19 @@ class QuantizedLinear(nn.Module):
         planes = stored.to_bitplanes() if isinstance(stored, Grouped) else stored
         return planes.prefix(self.served_bits)
 
+    @property
+    def widths(self) -> list[int]:
+        """Bits per weight that :meth:`serve` takes."""
+        return sorted({*self.format.serve_bits, self.format.bits})
+
+    def read_bits_per_weight(self) -> float:
+        """Bits that a product reads for each weight, scales and offsets among them."""
+        return self.bitplanes().bits_per_weight()
+
     def serve(self, bits: int) -> None:
         """Multiply with the first ``bits`` planes only, with the scales stored for them."""
-        if bits != self.format.bits and bits not in self.format.serve_bits:
-            allowed = sorted({*self.format.serve_bits, self.format.bits})
-            raise ValueError(f"this layer serves {allowed} bits, not {bits}")
+        if bits not in self.widths:
+            raise ValueError(f"this layer serves {self.widths} bits, not {bits}")
         self.release()
         self.served_bits = bits
 

@@ -110,6 +110,21 @@ class FlatLinear(nn.Module):
         named = (self.input_limit, self.input_step, self.input_smooth, self.input_rotated)
         return [tensor.data for tensor in named if tensor is not None]
 
+    @property
+    def widths(self) -> list[int]:
+        """Bits per weight that :meth:`serve` takes: those of the format alone."""
+        return [self.format.bits]
+
+    def serve(self, bits: int) -> None:
+        """Nothing for the layer's own width; integers of fewer bits can not be cut from it."""
+        if bits not in self.widths:
+            raise ValueError(f"this layer serves {self.widths} bits, not {bits}")
+
+    def read_bits_per_weight(self) -> float:
+        """Bits that a product reads for each weight, scales and further columns among them."""
+        read = sum(tensor.nbytes for tensor in self.stored().tensors().values())
+        return 8 * read / (self.in_features * self.out_features)
+
     def prepare(self, dtype: torch.dtype) -> Choice:
         """Choose the kernel for activations of ``dtype`` and give it the weight in its layout."""
         if self.siblings is not None and self.siblings.prepare(dtype):

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from statistics import median, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from lutra.evaluate.measure import device_name, versions
 from lutra.evaluate.perplexity import positions_of
 from lutra.evaluate.size import measure_size
 from lutra.integrations.tensor_parallel import Sum, start
-from lutra.nn import QuantizedLinear
+from lutra.packed import packed_layers
 from lutra.runtime.generation import enable, why_not_recorded
 from lutra.runtime.step import DecodeStep, capacity_for
 from lutra.scheme import Format
@@ -74,7 +75,7 @@ def bench_model(
         new_tokens: tokens decoded after it, one by one, greedily.
         batch: sequences decoded together.
         layers: keep only the first so many blocks (of shapes and folders), to fit or to be quick.
-        repeats: runs after one that warms up; medians are reported.
+        repeats: runs after those that warm up, one on a CPU and two on a GPU; medians are reported.
         threads: of the CPU; by default torch's.
         profile: also say where the time of a token goes.
         tensor_parallel: cut the model over the processes that torchrun has started; ``memory_gb``,
@@ -82,8 +83,11 @@ def bench_model(
         seed: of random weights and prompt.
 
     Returns:
-        ``ms_per_token`` (of a step of all sequences; median over tokens or runs) and
-        ``ms_per_token_stdev`` (of the runs' medians), ``ttft_ms`` (prompt to first token),
+        ``ms_per_token`` (of a step of all sequences; median over tokens, on a GPU over the
+        means of runs) and
+        ``ms_per_token_stdev`` (over runs), ``ms_per_token_range`` (the fastest token, the median
+        and the slowest), ``ttft_ms`` (prompt to first token; on a GPU that of a prompt whose
+        length has come before),
         ``tokens_per_second`` (of all sequences), ``prompt_tokens_per_second``, ``memory_gb`` (the
         process's peak while generating; of a GPU, its allocator's peak), ``gbps``,
         ``read_limit_gbps``, ``weight_bytes_per_token``, ``kernels`` (layers by kernel), and what
@@ -129,9 +133,8 @@ def bench_model(
         read_bytes = weight_bytes_per_token(model)
         limit = read_limit_gbps(device)
         embedding: Tensor = model.get_input_embeddings().weight
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.prepare_if_local(embedding.dtype)
+        for layer in packed_layers(model):
+            layer.prepare_if_local(embedding.dtype)
         if total is not None:
             total.use_direct(embedding.device, 64 * model.config.hidden_size)
         rows = []
@@ -148,9 +151,9 @@ def bench_model(
             "Cut its depth with --layers, or use fewer bits."
         ) from error
     kernels: dict[str, int] = {}
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear) and module.choice is not None:
-            kernel = module.choice.kernel.name
+    for layer in packed_layers(model):
+        if layer.choice is not None:
+            kernel = layer.choice.kernel.name
             kernels[kernel] = kernels.get(kernel, 0) + 1
     used = len(blocks_of(model))
     del model
@@ -198,7 +201,7 @@ def _model(
     if total is not None:
         raise SchemeError(f"--tensor-parallel measures shapes: {', '.join(SHAPES)}")
     model, all_layers = _load(path_or_shape, device, dtype, layers)
-    formats = {str(m.format) for m in model.modules() if isinstance(m, QuantizedLinear)}
+    formats = {str(layer.format) for layer in packed_layers(model)}
     shown = ", ".join(sorted(formats)) or "dense"
     return enable(model), Path(path_or_shape).resolve().name, shown, all_layers
 
@@ -210,11 +213,14 @@ def _measure(
     time_runs = _time_generate if on_gpu else _time_runs
     runs, peak = time_runs(model, prompt_len, new_tokens, batch, repeats, device)
     first_token = median(run[0] for run in runs)
-    medians = [median(run[1:]) for run in runs if len(run) > 1]
-    per_token = median(second for run in runs for second in (run[1:] or run))
+    typical = fmean if on_gpu else median  # tokens come from a queue, or one by one
+    of_runs = [typical(run[1:]) for run in runs if len(run) > 1]
+    tokens = [seconds for run in runs for seconds in (run[1:] or run)]
+    per_token = median(of_runs if on_gpu and of_runs else tokens)
     return {
         "ms_per_token": 1000 * per_token,
-        "ms_per_token_stdev": 1000 * stdev(medians) if len(medians) > 1 else None,
+        "ms_per_token_stdev": 1000 * stdev(of_runs) if len(of_runs) > 1 else None,
+        "ms_per_token_range": [1000 * min(tokens), 1000 * median(tokens), 1000 * max(tokens)],
         "ttft_ms": 1000 * first_token,
         "tokens_per_second": batch / per_token,
         "prompt_tokens_per_second": batch * prompt_len / first_token,
@@ -259,13 +265,13 @@ class _Clock:
 def _time_generate(
     model: Any, prompt_len: int, new_tokens: int, batch: int, repeats: int, device: str
 ) -> tuple[list[list[float]], int]:
-    """As :func:`_time_runs`, through ``model.generate``; a run has its mean time per token."""
+    """As :func:`_time_runs`, through ``model.generate``: when its streamer gets the tokens."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocabulary, (batch, prompt_len), device=device)
     mask = torch.ones_like(prompt)
     runs = []
-    for run in range(repeats + 1):
-        if run == 1:
+    for run in range(repeats + 2):
+        if run == 2:
             _reset_peak(device)
         clock = _Clock()
         begin = _now(device)
@@ -273,23 +279,28 @@ def _time_generate(
             prompt, attention_mask=mask, max_new_tokens=new_tokens + 1, do_sample=False,
             streamer=clock, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
-        first, rest = clock.times[1], clock.times[2:]  # the prompt itself comes before the first
-        per_token = (rest[-1] - first) / len(rest)
-        if run:  # the first run builds what kernels need, and records the step
-            runs.append([first - begin, per_token])
+        times = clock.times[1:]  # the prompt itself comes before the first
+        if run > 1:  # the first builds what kernels need and records the step, the next the prompt
+            each = [after - before for before, after in pairwise(times)]
+            runs.append([times[0] - begin, *each])
     return runs, _peak(device)
 
 
 def weight_bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that decoding one token reads: all but tables of which it reads one row.
 
-    Call it before the model has run: kernels may then hold the packed weights in their own layout.
+    A packed weight counts in the form in which it is held, stored or as its kernel has laid it out.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and getattr(head, "weight", None) is not None:
         tables.discard(id(head.weight))  # a tied table is also the head, which is read whole
-    read = {id(p): p for p in model.parameters() if id(p) not in tables}
+    held: list[Tensor] = [p for p in model.parameters() if id(p) not in tables]
+    for layer in packed_layers(model):
+        if layer.gave_up_weight:
+            held += layer.prepared_tensors()
+    # A group of siblings shares its tensors, and a kernel may take a parameter as it is.
+    read = {t.data_ptr() or id(t): t for t in held}
     return sum(p.numel() * p.element_size() for p in read.values())
 
 

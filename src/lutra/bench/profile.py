@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lutra.nn import QuantizedLinear
+from lutra.packed import packed_layers
 
 #: Parts of a token by what a kernel's name contains, in the order in which they are tried.
 _PARTS = (
@@ -26,7 +26,7 @@ _PARTS = (
     ("activation", r"token_activation|silu|relu"),
     (
         "linear",
-        r"_linear|^arrange|dequantize|gemm|gemv|nvjet|cutlass|splitK|cublas|xmma",
+        r"_linear|arrange|code_prefill|^flat_|dequantize|gemm|gemv|nvjet|cutlass|splitK|cublas|xmma",
     ),
     ("choice of the token", r"ArgMax|argmax|reduce_kernel"),
 )
@@ -128,7 +128,7 @@ def profile_cpu(model: nn.Module, token: Callable[[], object], repeats: int = 3)
     finally:
         for handle in handles:
             handle.remove()
-    linear = {QuantizedLinear.__name__, "Linear", "Conv1D"}
+    linear = {"Linear", "Conv1D"} | {type(layer).__name__ for layer in packed_layers(model)}
     parts: dict[str, float] = {}
     rows = []
     for name, (calls, us) in sorted(spent.items(), key=lambda item: -item[1][1]):

@@ -68,7 +68,7 @@ def compare_tokens(
         ``recorded`` and ``fused`` (how the tokens were made), ``kernels``.
     """
     import lutra
-    from lutra.nn import QuantizedLinear
+    from lutra.packed import packed_layers
 
     model, _ = lutra.load(folder, device=device, dtype=dtype)
     departures = []
@@ -83,8 +83,8 @@ def compare_tokens(
         if at is not None:
             departures.append({"prompt": index, "at": at, "gap": row["gaps"][at]})
     ties = sum(d["gap"] <= TIE for d in departures)
+    choices = [layer.choice for layer in packed_layers(model)]
     steps = list(model.lutra_decoding.steps.values())
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     return {
         "dtype": dtype,
         "equal": len(wanted) - len(departures),
@@ -93,5 +93,5 @@ def compare_tokens(
         "departures": departures,
         "recorded": bool(steps) and all(step.is_recorded for step in steps),
         "fused": bool(steps) and all(step.fallback is None for step in steps),
-        "kernels": sorted({m.choice.kernel.name for m in layers if m.choice is not None}),
+        "kernels": sorted({c.kernel.name for c in choices if c is not None}),
     }

@@ -105,7 +105,7 @@ def load_model(
     from transformers.utils import logging
 
     from lutra.runtime.generation import enable
-    from lutra.runtime.loading import move, prepare_later
+    from lutra.runtime.loading import move, prepare_later, reading_ahead
 
     place = torch.device(device)
     on_gpu = place.type == "cuda"
@@ -113,12 +113,13 @@ def load_model(
         place = torch.device("cuda", torch.cuda.current_device())
     logging.disable_progress_bar()
     try:
-        with prepare_later() if on_gpu else nullcontext():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path, dtype=dtype, local_files_only=True
-            )
-        if on_gpu:
-            return enable(move(model, place)).eval()
+        with reading_ahead(checkpoint.path) as ahead:
+            with prepare_later() if on_gpu else nullcontext():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    checkpoint.path, dtype=dtype, local_files_only=True
+                )
+            if on_gpu:
+                return enable(move(model, place, ahead)).eval()
         return model.to(place).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
@@ -144,10 +145,10 @@ def serve(model: Any, bits: int, folder: str | Path) -> float:
     Raises:
         SchemeError: the checkpoint does not serve ``bits``.
     """
-    from lutra.nn import QuantizedLinear
+    from lutra.packed import packed_layers
 
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    offers = {m: sorted({*m.format.serve_bits, m.format.bits}) for m in layers}
+    layers = list(packed_layers(model))
+    offers = {layer: layer.widths for layer in layers}
     if not any(bits in offered for offered in offers.values()):
         there = sorted({b for offered in offers.values() for b in offered})
         raise SchemeError(
@@ -159,7 +160,7 @@ def serve(model: Any, bits: int, folder: str | Path) -> float:
         if bits in offers[layer]:
             layer.serve(bits)
         count = layer.in_features * layer.out_features
-        stored_bits += layer.bitplanes().bits_per_weight() * count
+        stored_bits += layer.read_bits_per_weight() * count
         weights += count
     return stored_bits / weights
 

@@ -34,6 +34,7 @@ from lutra.errors import CheckpointError, ResourceError, SchemeError
 from lutra.formats.shard import read_header
 from lutra.kernels.cuda.token_step import DirectSum
 from lutra.nn import QuantizedLinear
+from lutra.packed import packed_layers
 from lutra.runtime.generation import enable
 from lutra.runtime.loading import check_fits
 from lutra.scheme import Format, Scheme
@@ -333,9 +334,8 @@ def ready(model: Any, total: Sum) -> Any:
     embedding = model.get_input_embeddings().weight
     model.eval()
     join_siblings(model)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.prepare_if_local(embedding.dtype)
+    for layer in packed_layers(model):
+        layer.prepare_if_local(embedding.dtype)
     total.use_direct(embedding.device, 64 * model.config.hidden_size)
     return enable(model)
 

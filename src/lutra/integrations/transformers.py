@@ -30,9 +30,10 @@ from lutra.formats.checkpoint import (
 from lutra.formats.shard import read_header
 from lutra.nn import QuantizedLinear
 from lutra.nn_flat import FlatLinear
+from lutra.packed import PackedLinear, packed_layers
 from lutra.runtime.flat_inputs import defer
 from lutra.runtime.generation import enable
-from lutra.runtime.loading import is_preparing_later
+from lutra.runtime.loading import is_preparing_later, prepare_layers
 from lutra.scheme import Format, Scheme
 from lutra.siblings import join_siblings
 
@@ -93,9 +94,8 @@ class LutraQuantizer(HfQuantizer):
             _own_memory(model)
         join_siblings(model)
         defer(model)
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear | FlatLinear) and not is_preparing_later():
-                module.prepare_if_local(model.dtype)
+        if not is_preparing_later():
+            prepare_layers(model)
         if hasattr(model, "generate"):
             enable(model)
 
@@ -110,7 +110,7 @@ class LutraQuantizer(HfQuantizer):
         # A model that was saved passes the dtype's name, as its config then holds it.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLinear | FlatLinear):
+            if isinstance(module, PackedLinear):
                 model.set_submodule(name, dense_linear(module, wanted))
         return model
 
@@ -122,7 +122,7 @@ def _own_memory(model: nn.Module) -> None:
     kernel, and a file is unmapped with its last tensor: a norm that stayed would keep all of it.
     """
     mapped = _mapped_files()
-    packed = [m for m in model.modules() if isinstance(m, QuantizedLinear | FlatLinear)]
+    packed = list(packed_layers(model))
     left = {_mapping_of(p, mapped) for m in packed for p in m.parameters(recurse=False)} - {None}
     inside = {id(p) for m in packed for n, p in m.named_parameters() if n.startswith("weight")}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -149,7 +149,7 @@ def _mapping_of(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> int | No
     return mapped[place][0] if place >= 0 and address < mapped[place][1] else None
 
 
-def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear | FlatLinear:
+def packed_placeholder(module: nn.Module, format: Format) -> PackedLinear:
     """An empty packed layer of the shape of a dense one (nn.Linear or GPT-2's Conv1D), on meta."""
     weight = module.get_parameter("weight")
     out_features, in_features = weight.shape
@@ -166,7 +166,7 @@ def packed_placeholder(module: nn.Module, format: Format) -> QuantizedLinear | F
         )
 
 
-def dense_linear(layer: QuantizedLinear | FlatLinear, dtype: torch.dtype) -> nn.Linear:
+def dense_linear(layer: PackedLinear, dtype: torch.dtype) -> nn.Linear:
     """The dense layer that a packed one stands for; its inputs are no longer quantized."""
     packed = layer.stored() if isinstance(layer, FlatLinear) else layer.bitplanes()
     weight = packed.unpack(torch.float32).to(dtype)
@@ -187,7 +187,7 @@ def _stored_names(checkpoint_files: Any) -> set[str]:
     return names
 
 
-def _check_present(name: str, layer: QuantizedLinear | FlatLinear, stored: set[str]) -> None:
+def _check_present(name: str, layer: PackedLinear, stored: set[str]) -> None:
     """transformers only warns about a missing tensor and makes one up; for us that is an error."""
     suffixes = stored_tensor_shapes(layer.format, layer.out_features, layer.in_features)
     for suffix in suffixes:

@@ -29,8 +29,8 @@ from lutra.kernels.cuda.token_step import (
 )
 from lutra.kernels.flat.before import Activation
 from lutra.kernels.flat.deferred import Deferred
-from lutra.nn import QuantizedLinear
 from lutra.nn_flat import FlatLinear
+from lutra.packed import PackedLinear
 from lutra.runtime.cache import StepCache
 
 
@@ -76,6 +76,7 @@ class FusedBlocks:
     def __init__(self, model: Any, batch: int, cache: StepCache, start: Tensor) -> None:
         self.batch, self.cache, self.start = batch, cache, start
         self._length: int | None = None  # of the prompts that are read; None for one token
+        self._last: Tensor | None = None  # rows of which the result is wanted; None: of the ends
         blocks, norm = _parts(model)
         shapes = {_attention_shape(block) for block in blocks}
         (shape,) = shapes
@@ -88,14 +89,16 @@ class FusedBlocks:
             self._forwards.append((rotary, self._rotary_table(rotary, norm.weight)))
 
     @contextmanager
-    def in_place(self, length: int | None = None) -> Iterator[None]:
+    def in_place(self, length: int | None = None, last: Tensor | None = None) -> Iterator[None]:
         """The model runs the substitutes within this context.
 
         Args:
             length: of the prompts that it reads, which have no padding; None for one token of each
                 sequence at the cache's position.
+            last: int64 ``[batch]``, for each prompt the row among all of them whose result is
+                wanted; None for that at its end.
         """
-        self._length = length
+        self._length, self._last = length, last
         try:
             for module, forward in self._forwards:
                 module.forward = forward
@@ -165,7 +168,9 @@ class FusedBlocks:
     def _last_norm(self, norm: nn.Module) -> Callable[..., Any]:
         def forward(hidden_states: Tensor | Unsummed) -> Tensor:
             if self._length is not None and isinstance(hidden_states, Unsummed):
-                last = slice(self._length - 1, None, self._length)  # of each prompt
+                last: Any = self._last
+                if last is None:
+                    last = slice(self._length - 1, None, self._length)  # of each prompt
                 hidden_states = Unsummed(hidden_states.sum[last], hidden_states.delta[last])
             return self._norm(norm, hidden_states)[1].view(self.batch, 1, -1)
 
@@ -242,7 +247,7 @@ def after_activation(layer: Any, x: Tensor, gated: bool) -> Tensor:
 def joint_product(layers: tuple[Any, ...], x: Tensor) -> Tensor:
     """``[batch, sum of out_features]``: the results of layers with one input, side by side."""
     first = layers[0]
-    if isinstance(first, QuantizedLinear | FlatLinear) and first.siblings is not None:
+    if isinstance(first, PackedLinear) and first.siblings is not None:
         whole = first.siblings.whole(x, layers)
         if whole is not None:
             return whole

@@ -97,3 +97,8 @@ class StepCache(Cache):
         """Forget what is stored, keep the memory."""
         for layer in self.step_layers:
             layer.filled = 0
+
+    def end_prompt(self, length: int) -> None:
+        """A prompt of ``length`` tokens has been read, by a recording perhaps."""
+        for layer in self.step_layers:
+            layer.filled = length

@@ -255,7 +255,7 @@ def _greedy(
     step: DecodeStep, ids: Tensor, mask: Tensor | None, limit: int, ends: tuple[int, ...],
     streamer: Any,
 ) -> Tensor:  # fmt: skip
-    """Likeliest tokens; the host looks at a token while the GPU computes the next one."""
+    """Likeliest tokens; the host looks at a token while a recorded step computes the next one."""
     length = ids.shape[1]
     finished = torch.zeros(step.batch, dtype=torch.bool)
     arrived = _Arrivals(step)
@@ -264,7 +264,8 @@ def _greedy(
     arrived.expect(length)
     known = length  # tokens whose values the host has seen
     for queued in range(length + 1, limit + 1):
-        if queued < limit:
+        ahead = step.is_recorded  # recording takes a while, in which nobody should wait
+        if ahead and queued < limit:
             step.advance()
             arrived.expect(queued)
         tokens = arrived.get(known)
@@ -275,6 +276,9 @@ def _greedy(
             finished |= (tokens[:, None] == end).any(1)
         if bool(finished.all()):
             break
+        if not ahead and queued < limit:
+            step.advance()
+            arrived.expect(queued)
     if streamer is not None:
         streamer.end()
     return torch.cat([ids, step.tokens[length:known].T], dim=1)

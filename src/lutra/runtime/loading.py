@@ -3,7 +3,8 @@
 transformers leaves the tensors of a checkpoint where they are, in the mapped files. From there they
 go piece by piece through a few pinned buffers: threads ask the system for the pages of a piece and
 copy it to a buffer, while the device fetches the buffers that are full, and each layer is laid out
-anew for its kernel as it arrives.
+anew for its kernel as it arrives. Other threads (:mod:`lutra.runtime.read_ahead`) have begun to
+read the files before the modules were there.
 
 With ``LUTRA_PINNED_LOAD=0`` torch copies the mapped tensors one by one, and layers are laid out
 when all are there. Measured on an H200, that takes 1.1 to 1.7 times as long from a disk and 1.1
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 
 from lutra.architectures import longest_list
 from lutra.errors import ResourceError
+from lutra.runtime.read_ahead import ReadAhead
 
 BUFFER_BYTES = 32 << 20
 BUFFERS = 8
+MOST_LEAD = 16 << 30  # bytes of files that may wait in the page cache
 
 _preparing_later: ContextVar[bool] = ContextVar("preparing_later", default=False)
 
@@ -93,17 +96,17 @@ def check_fits(model: nn.Module, device: torch.device, name: object, layers: str
 
 def widths_that_fit(model: nn.Module, free: int) -> str:
     """A sentence on the bits per weight with which a model would fit into ``free`` bytes."""
-    from lutra.nn import QuantizedLinear
+    from lutra.packed import PackedLinear
 
     blocks = longest_list(model)
     if blocks is None:
         return "Use another device or a smaller model."
     weights, held = 0, 0
     for module in blocks.modules():
-        if isinstance(module, QuantizedLinear | nn.Linear) or type(module).__name__ == "Conv1D":
+        if isinstance(module, PackedLinear | nn.Linear) or type(module).__name__ == "Conv1D":
             own = [p for n, p in module.named_parameters(recurse=False) if n.startswith("weight")]
             held += sum(p.numel() * p.element_size() for p in own)
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, PackedLinear):
                 weights += module.in_features * module.out_features
             else:
                 weights += sum(p.numel() for p in own)
@@ -122,8 +125,18 @@ def widths_that_fit(model: nn.Module, free: int) -> str:
     )
 
 
-def move(model: Any, device: torch.device) -> Any:
+def reading_ahead(folder: Path) -> ReadAhead:
+    """Read the weights of a folder ahead of what is loaded, within the memory that is free."""
+    free = free_bytes(torch.device("cpu"))
+    lead = MOST_LEAD if free is None else min(MOST_LEAD, free // 2)
+    return ReadAhead(sorted(folder.glob("*.safetensors")), lead)
+
+
+def move(model: Any, device: torch.device, ahead: ReadAhead | None = None) -> Any:
     """Move a loaded model to a GPU and prepare its layers there; the model.
+
+    Args:
+        ahead: reads the mapped files, and is told how much of them has been moved.
 
     Raises:
         ResourceError: it does not fit.
@@ -131,7 +144,7 @@ def move(model: Any, device: torch.device) -> Any:
     """
     check_fits(model, device, type(model).__name__)
     if device.type == "cuda" and os.environ.get("LUTRA_PINNED_LOAD") != "0":
-        with _Mover(device) as mover:
+        with _Mover(device, ahead) as mover:
             move_and_prepare(model, mover)
     if hasattr(model, "hf_device_map"):
         model.hf_device_map = {"": device}
@@ -142,18 +155,15 @@ def move(model: Any, device: torch.device) -> Any:
 
 def prepare_layers(model: Any) -> None:
     """Hand every packed layer to the kernel of the device it is on."""
-    from lutra.nn import QuantizedLinear
-    from lutra.nn_flat import FlatLinear
+    from lutra.packed import packed_layers
 
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear | FlatLinear):
-            module.prepare_if_local(model.dtype)
+    for layer in packed_layers(model):
+        layer.prepare_if_local(model.dtype)
 
 
 def move_and_prepare(model: Any, mover: Any) -> None:
     """Move all tensors of a model, and prepare each layer once the last piece of it was sent."""
-    from lutra.nn import QuantizedLinear
-    from lutra.nn_flat import FlatLinear
+    from lutra.packed import PackedLinear
 
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     waiting: deque[tuple[Any, int]] = deque()  # layers, and the piece with which they are whole
@@ -161,7 +171,7 @@ def move_and_prepare(model: Any, mover: Any) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             _move_tensors(tensors, mover, moved)
-        if isinstance(module, QuantizedLinear | FlatLinear):
+        if isinstance(module, PackedLinear):
             waiting.append((module, mover.submitted))
         while waiting and mover.sent >= waiting[0][1]:
             _prepare_when_whole(waiting.popleft()[0], model.dtype, mover, arrived)
@@ -208,13 +218,14 @@ def _prepare_when_whole(layer: Any, dtype: torch.dtype, mover: Any, arrived: set
 class _Mover:
     """Pinned buffers, threads that fill them, and a stream that empties them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ahead: ReadAhead | None = None) -> None:
+        self.device, self.ahead = device, ahead
         self.stream = torch.cuda.Stream(device)
         self.threads = ThreadPoolExecutor(BUFFERS, "lutra-load")
         self.free: deque[tuple[Tensor, Any]] = deque()
         self.filling: deque[tuple[Future[None], Tensor, Tensor, Any]] = deque()
         self.submitted = self.sent = 0  # pieces
+        self.sent_bytes = 0
 
     def __enter__(self) -> _Mover:
         for _ in range(BUFFERS):
@@ -269,6 +280,9 @@ class _Mover:
             event.record(self.stream)
         self.free.append((buffer, event))
         self.sent += 1
+        self.sent_bytes += part.numel()
+        if self.ahead is not None:
+            self.ahead.reached(self.sent_bytes)
 
 
 def _fill(part: Tensor, piece: Tensor) -> None:

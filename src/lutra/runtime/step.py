@@ -4,6 +4,11 @@ A token of a large model is some hundreds of launches of a few microseconds each
 not issue as fast as the GPU runs them. The graph holds them all, from the embedding to the choice
 of the likeliest token and the advance of the position, so that replaying it is one call and tokens
 follow each other without the host.
+
+Prompts of up to :data:`MOST_PADDED_ROWS` tokens are bound by the launches too. They are filled up
+on the right to one of a few lengths, and the second prompt of a length is recorded. What is filled
+up comes behind the prompt, so causal attention does not see it, and the rows of the cache that it
+leaves are written anew before a token sees them.
 """
 
 from __future__ import annotations
@@ -11,21 +16,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lutra.errors import LutraError
-from lutra.nn import QuantizedLinear
-from lutra.nn_flat import FlatLinear
+from lutra.packed import PackedLinear
 from lutra.runtime.blocks import FusedBlocks, why_not_fused
 from lutra.runtime.cache import StepCache
 
 logger = logging.getLogger(__name__)
 
 LEAST_CAPACITY = 256
+#: Lengths to which prompts are filled up, so that few recordings serve all of them.
+PROMPT_LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+MOST_PADDED_ROWS = 1024  # of all sequences; more keep the GPU busy longer than Python the host
+PROMPTS_KEPT = 4  # recordings of prompts in one memory pool, those used last
+ROOM = 1 << 30  # bytes that must be free to record a prompt: its activations lie in own memory
 
 
 def capacity_for(tokens: int) -> int:
@@ -40,6 +51,16 @@ def capacity_for(tokens: int) -> int:
     while capacity < tokens:
         capacity *= 2
     return capacity
+
+
+@dataclass
+class _Prompt:
+    """Prompts of one length: how often they came, and the recording of what they compute."""
+
+    ids: Tensor  # int64 [batch, length], filled up
+    uses: int = 0
+    graph: Any = None
+    logits: Tensor | None = None
 
 
 class DecodeStep:
@@ -82,6 +103,9 @@ class DecodeStep:
         self.ids = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.tokens = torch.zeros((capacity + 1, batch), dtype=torch.int64, device=device)
         self.start = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._length = torch.zeros(1, dtype=torch.int64, device=device)  # of filled-up prompts
+        self._prompts: OrderedDict[int, _Prompt] = OrderedDict()
+        self._pool: Any = None
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         self._ends = torch.tensor(list(ends), dtype=torch.int64, device=device)
         self._rows = torch.arange(capacity, device=device)
@@ -124,29 +148,102 @@ class DecodeStep:
         """
         length = ids.shape[1]
         self.cache.begin()
-        positions = torch.arange(length, device=self.device)[None].expand(self.batch, -1)
+        padded = None if attention_mask is not None else self._padded_length(length)
+        if padded is not None:
+            logits = self._read_padded(ids, padded)
+        else:
+            self._length.fill_(length)
+            self.start.zero_()
+            positions = torch.arange(length, device=self.device)[None].expand(self.batch, -1)
+            if attention_mask is not None:
+                self.start.copy_(length - attention_mask.sum(1))
+                positions = (positions - self.start[:, None]).clamp(min=0)
+            context: Any = contextlib.nullcontext()
+            if self._reads_fused and attention_mask is None:
+                assert self._blocks is not None
+                context = self._blocks.in_place(length)
+            with context:
+                output = self.model(
+                    input_ids=ids, attention_mask=attention_mask, position_ids=positions,
+                    past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
+            logits = output.logits[:, -1]
+            self._end_prompt(logits)
+        self.cache.end_prompt(length)
+        if self._graph is None and not self.recorded_prompts():
+            self._fingerprint = fingerprint(self.model)  # kernels have prepared their weights
+        return logits
+
+    def recorded_prompts(self) -> list[int]:
+        """Lengths of which a recording of the prompt is replayed."""
+        return sorted(n for n, prompt in self._prompts.items() if prompt.graph is not None)
+
+    def _end_prompt(self, logits: Tensor) -> None:
+        """Put the state behind prompts of :attr:`_length` tokens; choose the first new token."""
+        self.unfinished.fill_(True)
+        if self.greedy:
+            torch.sub(self._length, 1, out=self.cache.position)  # choosing writes behind it
+            self._choose(logits)
+        self.cache.position.copy_(self._length)
+
+    def _padded_length(self, length: int) -> int | None:
+        """Tokens to which prompts are filled up; None if they are read as they are."""
+        if not self._reads_fused:
+            return None
+        padded = next((n for n in PROMPT_LENGTHS if n >= length), None)
+        if padded is None or padded * self.batch > MOST_PADDED_ROWS or padded > self.capacity:
+            return None
+        config = self.model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        return None if positions is not None and padded > positions else padded
+
+    def _read_padded(self, ids: Tensor, padded: int) -> Tensor:
+        """Prompts filled up to a length, by a replay from the third time on."""
+        prompt = self._prompts.pop(padded, None)
+        if prompt is None:
+            while len(self._prompts) >= PROMPTS_KEPT:
+                self._prompts.popitem(last=False)
+            room = torch.zeros((self.batch, padded), dtype=torch.int64, device=self.device)
+            prompt = _Prompt(room)
+        self._prompts[padded] = prompt
+        prompt.uses += 1
+        prompt.ids[:, : ids.shape[1]].copy_(ids)
+        self._length.fill_(ids.shape[1])
+        if prompt.graph is None and prompt.uses > 1 and self._has_room():
+            # The first use has compiled, loaded and prepared what can not be during a recording.
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                prompt.logits = self._prompt_pass(prompt.ids)
+            prompt.graph = graph
+        if prompt.graph is None:
+            return self._prompt_pass(prompt.ids)
+        prompt.graph.replay()
+        assert prompt.logits is not None
+        return prompt.logits
+
+    def _has_room(self) -> bool:
+        """Whether a prompt may be recorded: on a GPU, alone, with memory for its activations."""
+        if self.device.type != "cuda":
+            return False
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return False  # sums over ranks of so many values go through NCCL
+        return torch.cuda.mem_get_info(self.device)[0] >= ROOM
+
+    def _prompt_pass(self, ids: Tensor) -> Tensor:
+        """The model on filled-up prompts of :attr:`_length` tokens; logits of their last ones."""
+        assert self._blocks is not None
+        padded = ids.shape[1]
         self.start.zero_()
-        if attention_mask is not None:
-            self.start.copy_(length - attention_mask.sum(1))
-            positions = (positions - self.start[:, None]).clamp(min=0)
-        context: Any = contextlib.nullcontext()
-        if self._reads_fused and attention_mask is None:
-            assert self._blocks is not None
-            context = self._blocks.in_place(length)
-        with context:
+        positions = torch.arange(padded, device=self.device)[None].expand(self.batch, -1)
+        first = torch.arange(self.batch, device=self.device) * padded
+        with self._blocks.in_place(padded, first + (self._length - 1)):
             output = self.model(
-                input_ids=ids, attention_mask=attention_mask, position_ids=positions,
+                input_ids=ids, attention_mask=self._no_mask, position_ids=positions,
                 past_key_values=self.cache, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
-        self.cache.position.fill_(length)
-        self.unfinished.fill_(True)
-        if self._fingerprint is None or self._graph is None:
-            self._fingerprint = fingerprint(self.model)  # kernels have prepared their weights
-        logits = output.logits[:, -1]
-        if self.greedy:
-            self.cache.position.sub_(1)  # choosing writes behind the position
-            self._choose(logits)
-            self.cache.position.add_(1)
+        logits: Tensor = output.logits[:, -1]
+        self._end_prompt(logits)
         return logits
 
     def advance(self) -> Tensor:
@@ -226,10 +323,22 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def fingerprint(model: Any) -> tuple[int, ...]:
-    """Where all the tensors lie that a recording reads."""
-    held = [t.data_ptr() for t in model.parameters()]
-    held += [t.data_ptr() for t in model.buffers()]
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear | FlatLinear):
+    """Where all the tensors lie that a recording reads.
+
+    It is asked for before each text, so the modules are walked by hand: ``model.parameters()`` and
+    its like take milliseconds on a large model.
+    """
+    held: list[int] = []
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        for tensors in (module._parameters, module._buffers):
+            held += [t.data_ptr() for t in tensors.values() if t is not None]
+        if isinstance(module, PackedLinear):
             held += [t.data_ptr() for t in module.prepared_tensors()]
+        waiting += module._modules.values()
     return tuple(held)
