@@ -19,7 +19,7 @@ from torch import Tensor
 from lutra.formats.bitplanes import BitPlanes, groups_per_row, words_per_row
 from lutra.kernels.dispatch import LinearSpec
 
-TILE_ROWS, ITEM_INPUTS = 16, 256
+TILE_ROWS, SLICE_INPUTS, ITEM_INPUTS = 16, 128, 256
 WHOLE_ITEMS = 256  # value of GROUP in the sources for groups of one or more whole items
 
 
