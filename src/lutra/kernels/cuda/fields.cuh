@@ -11,9 +11,7 @@ constexpr int OPERANDS = CODES ? 1 : BITS;      // products per weight
 constexpr int WIDTH = CODES ? BITS : 1;         // bits in a field
 constexpr float ALL = 2.f - 2.f / (1 << BITS);  // of a uniform weight's signs, in alphas: code 0 is -ALL
 
-__host__ __device__ constexpr int field_position(int b) {
-  return WIDTH == 1 ? b % 10 : WIDTH == 2 ? (b & ~1) % 10 : WIDTH == 3 ? (b < 14 ? b % 8 : b - 14) : (b & ~3) % 8;
-}
+__host__ __device__ constexpr int field_position(int b) { return WIDTH == 1 ? b % 10 : b % 8; }
 
 // One instruction, whatever is known of the mask: the compiler would make two of nested ones.
 DEVICE u32 choose_bits(u32 mask, u32 a, u32 b) {
@@ -22,45 +20,45 @@ DEVICE u32 choose_bits(u32 mask, u32 a, u32 b) {
   return d;
 }
 
+DEVICE u32 rotate_left(u32 v, int by) { return __funnelshift_l(v, v, by); }
+
 // The words of one row from which pairs are cut.
 struct Fields {
-  static constexpr int WORDS = WIDTH == 1 ? 2 : WIDTH == 2 ? 4 : WIDTH == 3 ? 8 : 8;
+  static constexpr int WORDS = WIDTH == 1 ? 2 : WIDTH == 2 ? 4 : WIDTH == 3 ? 7 : 8;
   u32 w[WORDS];
 
-  // `plane` are the words of all planes (codes), or of one.
+  // `plane` are the words of all planes (codes), or of one. The code of input b lies at bits b and up, plane
+  // 0 highest, behind bit 31 at bit 0: in word b % WIDTH, and for b % 16 > 7 that word is rotated by 8.
   DEVICE void interleave(const u32* plane) {
     if (WIDTH == 1) {
       w[0] = plane[0];
       w[1] = w[0] >> 10;
     } else if (WIDTH == 2) {
-      w[0] = choose_bits(0xAAAAAAAAu, plane[0] << 1, plane[1]);   // inputs 0, 2, 4 ...
-      w[1] = choose_bits(0xAAAAAAAAu, plane[0], plane[1] >> 1);   // inputs 1, 3, 5 ...
-      w[2] = w[0] >> 10;
-      w[3] = w[1] >> 10;
+      const u32 high = rotate_left(plane[0], 1);
+      w[0] = choose_bits(0xAAAAAAAAu, high, plane[1]);
+      w[1] = choose_bits(0x55555555u, high, plane[1]);
+      w[2] = rotate_left(w[0], 24);
+      w[3] = rotate_left(w[1], 24);
     } else if (WIDTH == 3) {
-      // Field b takes bit b of plane 2, b + 1 of plane 1 << 1, b + 2 of plane 0 << 2. b <= 13.
-      const u32 p0 = plane[0] << 2, p1 = plane[1] << 1, p2 = plane[2];
-      constexpr u32 FIRST[3] = {0x12491249u, 0x24922492u, 0x09240924u};   // b = r, r + 3, ... <= 13
+      // The words of 5 codes a half leave a bit of each half over: together those of input 15.
+      const u32 high = rotate_left(plane[0], 2), middle = rotate_left(plane[1], 1);
+      w[0] = choose_bits(0x92499249u, plane[2], choose_bits(0x24922492u, middle, high));
+      w[1] = choose_bits(0x24922492u, plane[2], choose_bits(0x49254925u, middle, high));
+      w[2] = choose_bits(0x49244924u, plane[2], choose_bits(0x92489248u, middle, high));
 #pragma unroll
-      for (int r = 0; r < 3; r++)
-        w[r] = choose_bits(FIRST[r], p2, choose_bits(FIRST[r] << 1, p1, p0));
-      w[3] = w[0] >> 8;
-      w[4] = w[1] >> 8;
-      w[5] = w[2] >> 8;
-      const u32 s0 = plane[0] >> 12, s1 = plane[1] >> 13, s2 = plane[2] >> 14;
-      w[6] = choose_bits(0x00010001u, s2, choose_bits(0x00020002u, s1, s0));   // input 14
-      w[7] = choose_bits(0x00020002u, s2, choose_bits(0x00040004u, s1, s0));   // input 15
+      for (int r = 0; r < 3; r++) w[3 + r] = rotate_left(w[r], 24);
+      w[6] = (w[3] & 0x00800080u) | (w[4] & 0x01000100u) | (w[5] & 0x02000200u);
     } else {
+      const u32 first = rotate_left(plane[0], 1), third = rotate_left(plane[2], 1);
 #pragma unroll
       for (int odd = 0; odd < 2; odd++) {
-        const u32 high = odd ? choose_bits(0xAAAAAAAAu, plane[0], plane[1] >> 1)
-                             : choose_bits(0xAAAAAAAAu, plane[0] << 1, plane[1]);
-        const u32 low = odd ? choose_bits(0xAAAAAAAAu, plane[2], plane[3] >> 1)
-                            : choose_bits(0xAAAAAAAAu, plane[2] << 1, plane[3]);
-        w[odd] = choose_bits(0xCCCCCCCCu, high << 2, low);        // inputs odd + 0, 4, 8, 12
-        w[odd + 2] = choose_bits(0xCCCCCCCCu, high, low >> 2);    // inputs odd + 2, 6, 10, 14
-        w[odd + 4] = w[odd] >> 8;
-        w[odd + 6] = w[odd + 2] >> 8;
+        const u32 pairs = odd ? 0x55555555u : 0xAAAAAAAAu;
+        const u32 high = rotate_left(choose_bits(pairs, first, plane[1]), 2);
+        const u32 low = choose_bits(pairs, third, plane[3]);
+        w[odd] = choose_bits(odd ? 0x99999999u : 0xCCCCCCCCu, high, low);
+        w[odd + 2] = choose_bits(odd ? 0x66666666u : 0x33333333u, high, low);
+        w[odd + 4] = rotate_left(w[odd], 24);
+        w[odd + 6] = rotate_left(w[odd + 2], 24);
       }
     }
   }
@@ -69,8 +67,7 @@ struct Fields {
   DEVICE u32 pair(int b) const {
     const u32 mask = ((1u << WIDTH) - 1) * 0x00010001u << field_position(b);
     if (WIDTH == 1) return w[b >= 10] & mask;
-    if (WIDTH == 2) return w[(b & 1) + ((b & ~1) >= 10 ? 2 : 0)] & mask;
-    if (WIDTH == 3) return w[b >= 14 ? b - 8 : b % 3 + (b >= 8 ? 3 : 0)] & mask;
-    return w[(b & 1) + (b & 2) + ((b & ~3) >= 8 ? 4 : 0)] & mask;
+    if (WIDTH == 3 && b == 15) return w[6];
+    return w[b % WIDTH + (b < 8 ? 0 : WIDTH)] & mask;
   }
 };
