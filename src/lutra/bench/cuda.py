@@ -1,8 +1,8 @@
 """Time of one product on the GPU: our kernels beside cuBLAS and every peer that is installed.
 
 Protocol: random bit patterns and activations; as many distinct copies of the weight as exceed eight
-times the L2 cache, one call per copy captured in a CUDA graph, replays timed by events, median of
-15 (5 where a product takes long). Every implementation also multiplies one weight whose product is
+times the L2 cache, multiplied in turn for a millisecond or more in one CUDA graph; replays timed by
+events, median of 15 (5 where a product takes long). Every implementation also multiplies one weight whose product is
 known in float64. The streaming read limit is measured in the same run.
 
 Bytes (`gbps`) are those of the stored tensors of an implementation: packed weight, scales, offsets.
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 REPLAYS, LEAST_REPLAYS = 15, 5
 WARM_REPLAYS = 3
+GRAPH_US = 1000  # at least, of one graph
 REPLAY_US = 60_000  # for all replays of one measurement, if that leaves enough of them
 CACHE_MULTIPLE = 8  # distinct weights per replay, in L2 sizes
 MAX_CALLS = 400
@@ -227,19 +228,23 @@ def _measure(
     known = candidate.known() if candidate.known else None
     for batch in batches:
         x = torch.randn(batch, in_features, device="cuda", dtype=dtype)
-        # Few calls leave the launch of the graph itself in the time: repeat the rotation.
-        rounds = max(1, (8 if batch < 256 else 2) // copies)
+
+        def every_weight(calls: list[Call] = calls, x: Tensor = x) -> None:
+            for call in calls:
+                call(x)
+
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for call in calls:
-                call(x)
+            every_weight()
+            once_us = _timed(every_weight, x.device)
         torch.cuda.current_stream().wait_stream(stream)
+        # The launch of a graph of few calls would count, which is nothing beside a model's.
+        rounds = max(1, math.ceil(GRAPH_US / once_us))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(rounds):
-                for call in calls:
-                    call(x)
+                every_weight()
         warm = [_timed(graph.replay, x.device) for _ in range(WARM_REPLAYS)]
         replays = min(REPLAYS, max(LEAST_REPLAYS, int(REPLAY_US / warm[-1])))
         times = [_timed(graph.replay, x.device) for _ in range(replays)]
