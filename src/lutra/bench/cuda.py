@@ -2,8 +2,8 @@
 
 Protocol: random bit patterns and activations; as many distinct copies of the weight as exceed eight
 times the L2 cache, multiplied in turn for a millisecond or more in one CUDA graph; replays timed by
-events, median of 15 (5 where a product takes long). Every implementation also multiplies one weight whose product is
-known in float64. The streaming read limit is measured in the same run.
+events, median of 15 (5 where a product takes long). Every implementation also multiplies one weight
+whose product is known in float64. The streaming read limit is measured in the same run.
 
 Bytes (`gbps`) are those of the stored tensors of an implementation: packed weight, scales, offsets.
 """
