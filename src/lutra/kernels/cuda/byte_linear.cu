@@ -126,7 +126,7 @@ struct Bytes {
   static DEVICE void multiply(const Lane& lane, u32 stage, u32 item_x, u32 item_records, const Levels& levels,
                               Sums& sums) {
     const u32 x_at = lane.x + item_x;
-#pragma unroll (CODES && TOKENS <= 4 ? 2 : 1)
+#pragma unroll (TOKENS <= 4 ? 2 : 1)   // two slices hide each other's latency
     for (int slice = 0; slice < 2; slice++) {
       const u32 planes = lane.planes + stage + slice * SLICE_BYTES, x_slice = x_at + slice * (FOURS * BLOCK_BYTES);
       uint4 b[FOURS][2];   // of 16 tokens, loaded where it is used: registers

@@ -21,18 +21,7 @@
 // WHOLE_ROW 0|1 (one group per row). Grid: any number of blocks of WARPS x 32 threads; dynamic shared
 // memory: see `_FewSizes` in plans.py.
 
-struct Arguments {
-  const char* planes;      // see common.cuh
-  const char* scales;
-  const u16* x;            // [tokens][in_features], rows x_stride apart
-  const u16* bias;         // [rows] in the type of x, or null
-  u16* y;                  // [tokens][rows], rows y_stride apart
-  long long x_stride, y_stride;
-  int rows, in_features, tokens;   // tokens <= TOKENS
-  int tiles, items, groups;        // groups stored per row
-  int items_per_group;             // 1 unless GROUP == 256
-  int panel_items, k_warps;
-};
+#include "few_arguments.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr float MAGIC = 12582912.f;             // 1.5 * 2^23: the float bits of MAGIC + i end in i
