@@ -1,5 +1,5 @@
 // Shared by the kernels of this folder: the layout of a prepared weight and one-line wrappers around
-// PTX. No headers are included, so NVRTC needs no include path.
+// PTX.
 //
 // A prepared weight is made of slices of 16 rows (a "tile") by 128 inputs; two slices are an item.
 //
@@ -18,9 +18,7 @@
 // Compile-time parameters (-D): BITS 1..8, GROUP 32|64|128|256, UNIFORM 0|1, SCALE_FLOAT 0|1 (float or
 // half scales), X_BF16 0|1 (bf16 or half activations).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
+#include "basics.cuh"
 
 constexpr int SLOTS = (UNIFORM ? 1 : BITS) + 1;
 constexpr int ITEM_INPUTS = 256, TILE_ROWS = 16;
@@ -31,14 +29,8 @@ constexpr int SLICE_BYTES = BITS * 256;                      // planes of one sl
 constexpr int PLANE_BYTES = 2 * SLICE_BYTES;                 // planes of one item
 constexpr int SCALE_BYTES = ITEM_GROUPS * 8 * SLOTS * 2 * SCALE_SIZE;
 
-#define DEVICE __device__ __forceinline__
-
-DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
-DEVICE u16 float_to_bf16(float f) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
-
 // Activations and outputs: half or bf16.
-DEVICE float x_to_float(u16 v) { return X_BF16 ? __uint_as_float((u32)v << 16) : half_to_float(v); }
+DEVICE float x_to_float(u16 v) { return X_BF16 ? bf16_to_float(v) : half_to_float(v); }
 DEVICE u16 float_to_x(float f) { return X_BF16 ? float_to_bf16(f) : float_to_half(f); }
 
 // The pair (row g, row g + 8) of one slot of the scales.
@@ -46,18 +38,6 @@ DEVICE float2 scale_pair(const char* scales, int index) {
   if (SCALE_FLOAT) return ((const float2*)scales)[index];
   const u32 pair = ((const u32*)scales)[index];
   return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16)));
-}
-
-// Programmatic dependent launch: nothing that an earlier kernel wrote may be read before the wait.
-DEVICE void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 DEVICE u64 evict_first_policy() {  // weights are read once; keep activations in L2
@@ -69,8 +49,3 @@ DEVICE void copy16_async(u32 shared, const void* global, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
                :: "r"(shared), "l"(global), "l"(policy) : "memory");
 }
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> DEVICE void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

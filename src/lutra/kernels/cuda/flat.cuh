@@ -1,20 +1,25 @@
-// Shared by the flat kernels (8- and 4-bit integer products): one-line wrappers around PTX, besides those of
-// `hopper.cuh`. NVRTC needs no include path: `nvrtc.py` puts included files in place itself.
+// Shared by the flat kernels (8- and 4-bit integer products).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
+#include "basics.cuh"
+#include "hopper.cuh"
+
 typedef signed char s8;
 
-#define DEVICE __device__ __forceinline__
+// BF16: bf16, else half.
+template <bool BF16> DEVICE float to_float(u16 h) { return BF16 ? bf16_to_float(h) : half_to_float(h); }
+template <bool BF16> DEVICE u16 rounded(float f) { return BF16 ? float_to_bf16(f) : float_to_half(f); }
+template <bool BF16> DEVICE u32 rounded_pair(float low, float high) {
+  u32 pair;
+  if (BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// 16-bit floats: Y_BF16 chooses bf16 or half.
-DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
-DEVICE u16 float_to_bf16(float f) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
-DEVICE float half_to_float(u16 h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f; }
-DEVICE float bf16_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
+// What a sum of products stands for. From 4-bit weights in the upper halves of bytes it is 16 times as large.
+template <int BITS> DEVICE float dequantized(int sum, float step, float scale, float bias) {
+  if (BITS == 4) sum >>= 4;
+  return __fadd_rn(__fmul_rn((float)sum, __fmul_rn(step, scale)), bias);
+}
 
 // A bias of kind 1 half, 2 bf16, 3 float; 0 is none. Adding 0 to a product changes at most the sign of a 0.
 DEVICE float bias_of(const void* bias, int kind, int i) {
@@ -23,20 +28,6 @@ DEVICE float bias_of(const void* bias, int kind, int i) {
   const u16 v = ((const u16*)bias)[i];
   return kind == 2 ? bf16_to_float(v) : half_to_float(v);
 }
-
-// Programmatic dependent launch: nothing that an earlier kernel wrote may be read before the wait.
-DEVICE void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEVICE void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-#include "hopper.cuh"
 
 DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void group_barrier(int id, int threads) {
@@ -67,9 +58,9 @@ DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-template <int REGISTERS> DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+template <int COUNT> DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
 }
-template <int REGISTERS> DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+template <int COUNT> DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
 }

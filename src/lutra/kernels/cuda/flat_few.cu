@@ -36,21 +36,8 @@ constexpr int PITCH = FEATURES + 4;   // of the block's sums in shared memory, w
 
 // Adds a tile of 128 columns; SPLIT: the sums are multiplied by the base before product `high` of it.
 template <bool SPLIT> DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, int high, int base) {
-#if WEIGHT_BITS == 8
-  const u64 a = descriptor(w);
-#else
-  u32 a[4][4];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint4 v = load_shared(w + half * 2048 + (threadIdx.x & 127) * 16);
-    const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a[2 * half + i / 2][2 * (i % 2)] = word[i] << 4 & 0xF0F0F0F0;
-      a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
-    }
-  }
-#endif
+  Operand operand;
+  operand.load(w);
   products_begin();
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -59,11 +46,7 @@ template <bool SPLIT> DEVICE void multiply_tile(int (&sum)[SUMS], u32 w, u64 x, 
       for (int i = 0; i < SUMS; i++) sum[i] *= base;
     }
     if (SPLIT) products_begin();
-#if WEIGHT_BITS == 8
-    product(sum, a + 2 * j, x + 2 * j, 1);
-#else
-    product(sum, a[j], x + 2 * j, 1);
-#endif
+    operand.multiply(sum, j, x, 1);
     if (SPLIT || j == 3) {
       products_commit();
       products_wait<0>();
@@ -173,10 +156,9 @@ flat_few(const __grid_constant__ Arguments p) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       if (feature + n + j >= p.features) { out[j] = 0; continue; }
-      const int sum = WEIGHT_BITS == 4 ? total[j] >> 4 : total[j];
-      const float factor = __fmul_rn(step, p.scale[feature + n + j]);
-      const float value = __fadd_rn(__fmul_rn((float)sum, factor), bias_of(p.bias, p.bias_kind, feature + n + j));
-      out[j] = Y_BF16 ? float_to_bf16(value) : float_to_half(value);
+      const int at = feature + n + j;
+      out[j] = rounded<Y_BF16>(
+        dequantized<WEIGHT_BITS>(total[j], step, p.scale[at], bias_of(p.bias, p.bias_kind, at)));
     }
     if (feature + n + 4 <= p.features && ((u64)y & 7) == 0) {
       *(uint2*)y = make_uint2((u32)out[0] | (u32)out[1] << 16, (u32)out[2] | (u32)out[3] << 16);

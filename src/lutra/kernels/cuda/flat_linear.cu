@@ -14,7 +14,8 @@
 // high nibbles another. A nibble is moved to the upper half of a byte, which is 16 times its value;
 // sums are divided by 16, exactly, at the end.
 //
-// -D: TOKENS 64|128|192|256, WARPGROUPS 1..3, STAGES, WEIGHT_BITS 4|8, HORNER 0|1, Y_BF16 0|1.
+// -D: TOKENS 64|128|192|256, WARPGROUPS 1..3, STAGES, WEIGHT_BITS 4|8, HORNER 0|1, Y_BF16 0|1, OVERLAP 0|1 (1: 256
+// tokens, three tiles of columns at least, 32 high ones at most).
 
 #include "flat.cuh"
 #include "flat_wgmma.cuh"
@@ -43,8 +44,8 @@ constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int ROUND = TOKENS % 128 ? 64 : 128;                 // tokens stored at a time
 constexpr int Y_BYTES = ROUND * 128;                           // of one warpgroup
 constexpr int THREADS = (WARPGROUPS + 1) * 128;
-constexpr int FETCH_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
-constexpr int MULTIPLY_REGISTERS = WARPGROUPS == 3 ? 160 : WARPGROUPS == 2 ? 232 : 240;
+constexpr int FETCH_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
+constexpr int MULTIPLY_REGISTERS = WARPGROUPS == 3 ? 160 : 240;
 
 struct Tile {
   int feature, token;   // first ones
@@ -67,41 +68,6 @@ struct Position {   // in the ring of stages
 DEVICE void touch(const float* p) {
   asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
 }
-DEVICE u32 y_pair(float low, float high) {
-  u32 pair;
-  if (Y_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-DEVICE float dequantized(int sum, float factor, float bias) {
-  if (WEIGHT_BITS == 4) sum >>= 4;
-  return __fadd_rn(__fmul_rn((float)sum, factor), bias);
-}
-
-// The operand of 64 rows and 128 inputs, in four products.
-struct Operand {
-#if WEIGHT_BITS == 8
-  u64 a;
-  DEVICE void load(u32 tile) { a = descriptor(tile); }
-  DEVICE void multiply(int (&sum)[SUMS], int j, u64 x, int add) const { product(sum, a + 2 * j, x + 2 * j, add); }
-#else
-  u32 a[4][4];
-  DEVICE void load(u32 tile) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint4 v = load_shared(tile + half * 2048 + (threadIdx.x & 127) * 16);
-      const u32 word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        a[2 * half + i / 2][2 * (i % 2)] = word[i] << 4 & 0xF0F0F0F0;
-        a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
-      }
-    }
-  }
-  DEVICE void multiply(int (&sum)[SUMS], int j, u64 x, int add) const { product(sum, a[j], x + 2 * j, add); }
-#endif
-};
-
 struct Ring {
   u32 stages, full, empty;
   u32 mine;   // bytes from a stage to the weights of this warpgroup
@@ -138,19 +104,31 @@ DEVICE int multiply_high(int (&sum)[SUMS], const Arguments& p, Ring& ring) {
   return tiles;
 }
 
-// Adds tiles to the sums; on return they are complete and all stages are released.
-DEVICE void multiply(int (&sum)[SUMS], int tiles, int add, Ring& ring) {
-  int previous = -1;
+struct Stage {   // that is under way, -1 is none
+  int number;
+  DEVICE void release(const Ring& ring) const { if (number >= 0) ring.release(number); }
+};
+
+// Adds tiles to the sums. Those of the last are under way at the end, and its stage is returned; `before` is the one
+// that is under way at first.
+DEVICE Stage multiply(int (&sum)[SUMS], int tiles, int add, Ring& ring, Stage before) {
   const auto step = [&](Operand& w) {
     const u32 stage = ring.wait();
     w.load(stage + ring.mine);
     products_begin();
 #pragma unroll
-    for (int j = 0; j < 4; j++) w.multiply(sum, j, descriptor(stage), j ? 1 : add);
+    for (int j = 0; j < 4; j++) {
+#if OVERLAP   // registers that are multiplied by halves elsewhere; the compiler would copy them for whole products
+      w.multiply_half<0>(sum, j, descriptor(stage), j ? 1 : add);
+      w.multiply_half<1>(sum, j, descriptor(stage), j ? 1 : add);
+#else
+      w.multiply(sum, j, descriptor(stage), j ? 1 : add);
+#endif
+    }
     products_commit();
     products_wait<1>();
-    if (previous >= 0) ring.release(previous);
-    previous = ring.at.stage;
+    before.release(ring);
+    before.number = ring.at.stage;
     ring.at.next();
     add = 1;
   };
@@ -158,9 +136,96 @@ DEVICE void multiply(int (&sum)[SUMS], int tiles, int add, Ring& ring) {
   int k = 0;
   for (; k + 1 < tiles; k += 2) { step(even); step(odd); }
   if (k < tiles) step(even);
-  products_wait<0>();
-  if (previous >= 0) ring.release(previous);
+  return before;
 }
+
+#if OVERLAP
+// A tile of columns that is multiplied by half of the tokens at a time. FIRST: the sums begin with it.
+template <bool FIRST> struct Halves {
+  Operand w;
+  u32 x;
+
+  DEVICE Stage load(Ring& ring) {
+    const Stage stage = {ring.at.stage};
+    x = ring.wait();
+    w.load(x + ring.mine);
+    ring.at.next();
+    return stage;
+  }
+  template <int HALF> DEVICE void multiply(int (&sum)[SUMS], int base) const {
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (FIRST && HORNER && j == 1) {   // behind the high columns
+        products_commit();
+        products_wait<0>();
+#pragma unroll
+        for (int i = 0; i < SUMS / 2; i++) sum[HALF * (SUMS / 2) + i] *= base;
+        products_begin();
+      }
+      w.template multiply_half<HALF>(sum, j, descriptor(x), !FIRST || j > 0);
+    }
+    products_commit();
+  }
+};
+#endif
+
+struct Row {   // where a tile of a warpgroup goes, and what its lanes' two features are scaled by
+  int feature, token;
+  float scale[2], bias[2];
+  DEVICE Row(const Arguments& p, const Tile& tile, int group) {
+    const int thread = threadIdx.x & 127;
+    feature = tile.feature + group * 64;
+    token = tile.token;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int i = feature + (thread >> 5) * 16 + ((thread & 31) >> 2) + 8 * half;
+      scale[half] = p.scale[i];
+      bias[half] = i < p.features ? bias_of(p.bias, p.bias_kind, i) : 0.f;
+    }
+    if (2 * thread < TOKENS) touch(p.step + token + 2 * thread);   // in the first cache by the time it is used
+  }
+};
+
+struct Output {
+  const Arguments& p;
+  const u32 staged;
+  const int group, thread, lane;
+  u32 at_row;
+  DEVICE Output(const Arguments& p, u32 staged, int group)
+      : p(p), staged(staged), group(group), thread(threadIdx.x & 127), lane(threadIdx.x & 31) {
+    // Tile i of a store: features 8 (i & 1), tokens 8 (i >> 1); rows of 128 bytes, swizzled.
+    const u32 row = staged + ((lane & 7) + (lane >> 4) * 8) * 128;
+    at_row = row + (((2 * (thread >> 5) + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
+  }
+  // ROUND tokens to memory.
+  DEVICE void store(const int (&sum)[SUMS], const Row& row, int round) const {
+    const float* step = p.step + row.token + 2 * (lane & 3);
+    if (thread == 0) stores_read();
+    group_barrier(1 + group, 128);
+#pragma unroll
+    for (int i = 0; i < ROUND / 16; i++) {
+      u32 pair[4];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int column = round * ROUND + 16 * i + 8 * j, d = column / 2;
+        const float2 s = *(const float2*)(step + column);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          pair[2 * j + half] = rounded_pair<Y_BF16>(
+            dequantized<WEIGHT_BITS>(sum[d + 2 * half], s.x, row.scale[half], row.bias[half]),
+            dequantized<WEIGHT_BITS>(sum[d + 2 * half + 1], s.y, row.scale[half], row.bias[half]));
+      }
+      store_transposed(at_row + i * 16 * 128, pair[0], pair[1], pair[2], pair[3]);
+    }
+    shared_to_copy_engine();
+    group_barrier(1 + group, 128);
+    if (thread == 0) {
+      store_box(p.y, row.feature, row.token + round * ROUND, staged);
+      stores_commit();
+    }
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 flat_linear(const __grid_constant__ Arguments p) {
@@ -217,51 +282,61 @@ flat_linear(const __grid_constant__ Arguments p) {
     }
   } else {
     take_registers<MULTIPLY_REGISTERS>();
-    const int group = warpgroup - 1, thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp = thread >> 5;
+    const int group = warpgroup - 1;
     const u32 staged = stages + STAGES * STAGE_BYTES + group * Y_BYTES;
     wait_for_previous_kernel();
     Ring ring = {stages, full, empty, (u32)(X_BYTES + group * W_GROUP_BYTES), {}};
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const Tile tile(p, index);
-      const int feature = tile.feature + group * 64 + warp * 16 + (lane >> 2);
-      const float scale[2] = {p.scale[feature], p.scale[feature + 8]};
-      const auto bias_at = [&](int i) { return i < p.features ? bias_of(p.bias, p.bias_kind, i) : 0.f; };
-      const float bias[2] = {bias_at(feature), bias_at(feature + 8)};
-      if (2 * thread < TOKENS) touch(p.step + tile.token + 2 * thread);   // in the first cache by the time it is used
-      int sum[SUMS];
-      const int begun = HORNER ? multiply_high(sum, p, ring) : 0;
-      multiply(sum, p.k_tiles - begun, HORNER, ring);
-      const float* step = p.step + tile.token + 2 * (lane & 3);
-      // Tile i of a store: features 8 (i & 1), tokens 8 (i >> 1); rows of 128 bytes, swizzled.
-      const u32 row = staged + ((lane & 7) + (lane >> 4) * 8) * 128;
-      const u32 at_row = row + (((2 * warp + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
-#pragma unroll
-      for (int round = 0; round < TOKENS / ROUND; round++) {
-        if (thread == 0) stores_read();
-        group_barrier(1 + group, 128);
-#pragma unroll
-        for (int i = 0; i < ROUND / 16; i++) {
-          u32 pair[4];
-#pragma unroll
-          for (int j = 0; j < 2; j++) {
-            const int column = round * ROUND + 16 * i + 8 * j, d = column / 2;
-            const float2 s = *(const float2*)(step + column);
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-              pair[2 * j + half] = y_pair(
-                dequantized(sum[d + 2 * half], __fmul_rn(s.x, scale[half]), bias[half]),
-                dequantized(sum[d + 2 * half + 1], __fmul_rn(s.y, scale[half]), bias[half]));
-          }
-          store_transposed(at_row + i * 16 * 128, pair[0], pair[1], pair[2], pair[3]);
-        }
-        shared_to_copy_engine();
-        group_barrier(1 + group, 128);
-        if (thread == 0) {
-          store_box(p.y, tile.feature + group * 64, tile.token + round * ROUND, staged);
-          stores_commit();
-        }
-      }
+    const Output output(p, staged, group);
+    int sum[SUMS];
+#if OVERLAP
+    // The first and the last tile of columns are multiplied by halves of the tokens: while the tensor cores have one
+    // half of the last, or of the first of the next tile of y, the other half is stored.
+    Stage first, last;
+    const auto multiply_rest = [&]() {   // all behind the first; the second half of the last is under way at the end
+      const Stage previous = multiply(sum, p.k_tiles - 2, 1, ring, first);
+      Halves<false> halves;
+      last = halves.load(ring);
+      halves.multiply<0>(sum, 0);
+      halves.multiply<1>(sum, 0);
+      products_wait<2>();
+      previous.release(ring);
+      products_wait<1>();
+    };
+    int index = blockIdx.x;
+    {
+      Halves<true> halves;
+      first = halves.load(ring);
+      halves.multiply<0>(sum, p.base);
+      halves.multiply<1>(sum, p.base);
     }
-    if (thread == 0) stores_done();
+    for (; index + (int)gridDim.x < tiles; index += gridDim.x) {
+      const Row row(p, Tile(p, index), group);
+      multiply_rest();
+      output.store(sum, row, 0);
+      Halves<true> halves;
+      first = halves.load(ring);
+      halves.multiply<0>(sum, p.base);
+      products_wait<1>();
+      last.release(ring);
+      output.store(sum, row, 1);
+      halves.multiply<1>(sum, p.base);
+    }
+    const Row row(p, Tile(p, index), group);
+    multiply_rest();
+    output.store(sum, row, 0);
+    products_wait<0>();
+    output.store(sum, row, 1);
+#else
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+      const Row row(p, Tile(p, index), group);
+      const int begun = HORNER ? multiply_high(sum, p, ring) : 0;
+      const Stage last = multiply(sum, p.k_tiles - begun, HORNER, ring, {-1});
+      products_wait<0>();
+      last.release(ring);
+#pragma unroll
+      for (int round = 0; round < TOKENS / ROUND; round++) output.store(sum, row, round);
+    }
+#endif
+    if ((threadIdx.x & 127) == 0) stores_done();
   }
 }

@@ -44,10 +44,6 @@ constexpr int ROWS16 = WARP_FEATURES / 16, COLUMNS8 = WARP_TOKENS / 8;
 DEVICE void copy16(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(shared), "l"(global) : "memory");
 }
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> DEVICE void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
-}
 DEVICE void load_matrices(u32 (&r)[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
@@ -146,8 +142,7 @@ flat_mma(const __grid_constant__ Arguments p) {
         for (int k = 0; k < 2; k++) {
           const long long m = token + first_column + 8 * j + 2 * (lane & 3) + k;
           if (m >= p.tokens) continue;
-          const float y = __fadd_rn(__fmul_rn((float)sum[i][j][2 * half + k], __fmul_rn(p.step[m], scale)), bias);
-          p.y[m * p.y_stride + n] = Y_BF16 ? float_to_bf16(y) : float_to_half(y);
+          p.y[m * p.y_stride + n] = rounded<Y_BF16>(dequantized<8>(sum[i][j][2 * half + k], p.step[m], scale, bias));
         }
     }
 }

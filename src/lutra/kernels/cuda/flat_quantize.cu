@@ -78,16 +78,8 @@ DEVICE u32 max_pair(u32 a, u32 b) {   // of two halves or bf16, NaN wins
   else asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(m) : "r"(a), "r"(b));
   return m;
 }
-DEVICE float to_float(u16 v) { return X_TYPE == 1 ? bf16_to_float(v) : half_to_float(v); }
-// Two floats, rounded to 16 bits.
-DEVICE u32 pair_of(float low, float high) {
-  u32 pair;
-  if (X_TYPE == 1) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-DEVICE float low_of(u32 pair) { return to_float((u16)pair); }
-DEVICE float high_of(u32 pair) { return to_float((u16)(pair >> 16)); }
+DEVICE float low_of(u32 pair) { return to_float<X_TYPE>((u16)pair); }
+DEVICE float high_of(u32 pair) { return to_float<X_TYPE>((u16)(pair >> 16)); }
 // Products of pairs, rounded once: a b - 0.
 DEVICE u32 times(u32 a, u32 b) {
   u32 product;
@@ -120,12 +112,12 @@ template <bool EXACT> DEVICE float act(float x, bool& unsure) {   // as PyTorch 
 struct Sums { float mean, factor; };   // of a norm
 // What is quantized of two x, before smoothing; where it is unsure, it must be computed exactly.
 template <bool EXACT> DEVICE u32 computed(u32 x, u32 second, u32 third, const Sums& of, bool& unsure) {
-  if (INPUT == 1) return times(pair_of(low_of(x) * of.factor, high_of(x) * of.factor), second);
+  if (INPUT == 1) return times(rounded_pair<X_TYPE>(low_of(x) * of.factor, high_of(x) * of.factor), second);
   if (INPUT == 2)
-    return pair_of(fmaf(low_of(second), of.factor * (low_of(x) - of.mean), low_of(third)),
+    return rounded_pair<X_TYPE>(fmaf(low_of(second), of.factor * (low_of(x) - of.mean), low_of(third)),
                    fmaf(high_of(second), of.factor * (high_of(x) - of.mean), high_of(third)));
   if (INPUT >= 3) {
-    const u32 y = ACT == 1 ? max_pair(x, 0) : pair_of(act<EXACT>(low_of(x), unsure), act<EXACT>(high_of(x), unsure));
+    const u32 y = ACT == 1 ? max_pair(x, 0) : rounded_pair<X_TYPE>(act<EXACT>(low_of(x), unsure), act<EXACT>(high_of(x), unsure));
     return INPUT == 4 ? times(y, second) : y;
   }
   return x;
@@ -133,7 +125,7 @@ template <bool EXACT> DEVICE u32 computed(u32 x, u32 second, u32 third, const Su
 
 struct Vector {   // 8 channels
   u32 pair[4];
-  DEVICE float get(int i) const { return to_float((u16)(pair[i / 2] >> (i % 2 * 16))); }
+  DEVICE float get(int i) const { return to_float<X_TYPE>((u16)(pair[i / 2] >> (i % 2 * 16))); }
 };
 DEVICE void load_vector(Vector& v, const char* row, int vector, int inputs) {
   const int channel = vector * 8;
@@ -220,7 +212,7 @@ DEVICE u32 largest_of(u32 most, const Arguments& p, const Vector& v, int vector,
 }
 DEVICE u32 largest_of_both(u32 most) {
   if (SMOOTH) return most;
-  return max(absolute(to_float((u16)most)), absolute(to_float((u16)(most >> 16))));
+  return max(absolute(to_float<X_TYPE>((u16)most)), absolute(to_float<X_TYPE>((u16)(most >> 16))));
 }
 
 // x / step, near enough to round to the same integer; both far from the ends of the range.

@@ -24,9 +24,6 @@ struct Arguments {
 
 constexpr int EACH = BLOCK / 32;
 
-DEVICE float to_float(u16 v) { return X_TYPE == 1 ? bf16_to_float(v) : half_to_float(v); }
-DEVICE u16 from_float(float f) { return X_TYPE == 1 ? float_to_bf16(f) : float_to_half(f); }
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 flat_rotate(const __grid_constant__ Arguments p) {
   extern __shared__ u16 rows[];   // [TOKENS][inputs]
@@ -46,7 +43,7 @@ flat_rotate(const __grid_constant__ Arguments p) {
       u16* row = rows + t * p.inputs;
       float v[EACH];
 #pragma unroll
-      for (int j = 0; j < EACH; j++) v[j] = to_float(row[at[j]]);
+      for (int j = 0; j < EACH; j++) v[j] = to_float<X_TYPE>(row[at[j]]);
 #pragma unroll
       for (int h = 1; h < EACH; h *= 2)
 #pragma unroll
@@ -64,7 +61,7 @@ flat_rotate(const __grid_constant__ Arguments p) {
           v[j] = lane & lanes ? __fsub_rn(other, v[j]) : __fadd_rn(v[j], other);
         }
 #pragma unroll
-      for (int j = 0; j < EACH; j++) row[at[j]] = from_float(__fmul_rn(v[j], p.factor));
+      for (int j = 0; j < EACH; j++) row[at[j]] = rounded<X_TYPE>(__fmul_rn(v[j], p.factor));
     }
   }
   __syncthreads();

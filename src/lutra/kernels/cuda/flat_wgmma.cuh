@@ -101,3 +101,50 @@ DEVICE void product(int (&d)[SUMS], const u32 (&a)[4], u64 b, int add) {
                "{" O0 ", " O1 ", " O2 ", " O3 "}, " O4 ", p; }"
                : D_LIST : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
+
+#if OVERLAP
+// The products of tokens 128 HALF and on: d[64 HALF] and on, b points at these tokens.
+#define HALF_NAMES R0_9 R10(1) R10(2) R10(3) R10(4) R10(5) "%60, %61, %62, %63"
+#define HALF_LIST(i) D32(i), D32((i) + 32)
+template <int HALF> DEVICE void product_half(int (&d)[SUMS], u64 a, u64 b, int add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" HALF_NAMES "}, %64, %65, p; }"
+               : HALF_LIST(64 * HALF) : "l"(a), "l"(b), "r"(add));
+}
+template <int HALF> DEVICE void product_half(int (&d)[SUMS], const u32 (&a)[4], u64 b, int add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" HALF_NAMES "}, {%64, %65, %66, %67}, %68, p; }"
+               : HALF_LIST(64 * HALF) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#endif
+
+// The operand of 64 rows and 128 inputs, in four products.
+struct Operand {
+#if WEIGHT_BITS == 8
+  u64 a;
+  DEVICE void load(u32 tile) { a = descriptor(tile); }
+  DEVICE u64 part(int j) const { return a + 2 * j; }
+#else
+  u32 a[4][4];
+  DEVICE void load(u32 tile) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint4 v = load_shared(tile + half * 2048 + (threadIdx.x & 127) * 16);
+      const u32 word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        a[2 * half + i / 2][2 * (i % 2)] = word[i] << 4 & 0xF0F0F0F0;
+        a[2 * half + i / 2][2 * (i % 2) + 1] = word[i] & 0xF0F0F0F0;
+      }
+    }
+  }
+  DEVICE const u32 (&part(int j) const)[4] { return a[j]; }
+#endif
+  // x: the first 32 of the inputs.
+  DEVICE void multiply(int (&sum)[SUMS], int j, u64 x, int add) const { product(sum, part(j), x + 2 * j, add); }
+#if OVERLAP
+  template <int HALF> DEVICE void multiply_half(int (&sum)[SUMS], int j, u64 x, int add) const {
+    product_half<HALF>(sum, part(j), x + 2 * j + HALF * (TOKENS * 64 >> 4), add);
+  }
+#endif
+};
