@@ -18,7 +18,7 @@ import torch
 from compiled import arch_number, broken_copies, complaint
 
 from lutra.errors import KernelError
-from lutra.kernels.cuda import nvrtc
+from lutra.kernels.cuda import float32, nvrtc
 from lutra.kernels.cuda.launch import TYPICAL_CARDS as CARDS
 from lutra.kernels.cuda.layout import layout_of
 from lutra.kernels.cuda.plans import has_steps
@@ -55,6 +55,8 @@ def instances(
     scale = torch.float32 if scale_float else torch.float16
     x = torch.bfloat16 if bf16 else torch.float16
     yield "dequantize", format_defines(layout, bool(uniform), scale, x)
+    for name, tokens in (("float_linear", 1), ("float_linear", 8), ("float_expand", 0)):
+        yield name, float32.defines(layout, bool(uniform), scale, tokens)
     if has_steps(layout, bool(uniform)) and not scale_float:
         yield "steps", format_defines(layout, bool(uniform), scale, scale)
     narrow = layout_of(4, 4096, bits, 4096 if group == 256 else group, bool(uniform))

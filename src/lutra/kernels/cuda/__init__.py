@@ -9,6 +9,7 @@
 - `code_prefill.cu`, a hundred tokens and more, Hopper: the same in blocks of more tokens, whose
   warps cut and multiply in turns; `prefill_arrange.cu` orders x for it.
 - `dequantize.cu`, elsewhere: dense rows for the library's product.
+- `float_linear.cu`, `float_expand.cu`: float32 activations (`float32.py`).
 
 `layout.py` orders a weight once for all of them, `plans.py` lists how each could run, `tuning.py`
 chooses by measured tables or by rule and says why, `products.py` launches.
@@ -23,7 +24,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import lutra.kernels.cuda.ops  # noqa: F401  (registers the op)
+import lutra.kernels.cuda.float32_ops
+import lutra.kernels.cuda.ops  # noqa: F401  (both register an op)
 from lutra.errors import KernelError
 from lutra.formats.bitplanes import BitPlanes
 from lutra.kernels.dispatch import Kernel, LinearSpec
@@ -39,14 +41,16 @@ class CudaKernel(Kernel):
     """Bit planes on NVIDIA GPUs of compute capability 8.0 and up, float16 and bfloat16."""
 
     name = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def supports(self, spec: LinearSpec) -> str | None:
         from lutra.kernels.cuda.layout import unsupported_group
 
         if spec.device.type != "cuda":
             return f"the weight is on {spec.device.type}, not on a CUDA device"
-        if spec.dtype not in (torch.float16, torch.bfloat16):
-            return f"activations are {spec.dtype}; float16 and bfloat16 are supported"
+        if spec.dtype not in self.dtypes:
+            named = " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"activations are {spec.dtype}; this kernel takes {named}"
         return unsupported_group(spec.group_size, spec.in_features) or unusable(
             spec.device.index if spec.device.index is not None else torch.cuda.current_device()
         )
@@ -55,10 +59,7 @@ class CudaKernel(Kernel):
         from lutra.kernels.cuda import products
         from lutra.kernels.cuda.layout import layout_for, to_kernel_order
 
-        if weight.scale.dtype not in (torch.float16, torch.float32):
-            raise KernelError(
-                f"the CUDA kernels take scales in float16 and float32, not {weight.scale.dtype}"
-            )
+        _check_scales(weight)
         layout = layout_for(spec)
         prepared = to_kernel_order(weight, layout)
         prepared[1] = products.add_steps(prepared[1], layout, spec.uniform)
@@ -130,11 +131,70 @@ class CudaKernel(Kernel):
         )
 
 
+class CudaFloat32Kernel(CudaKernel):
+    """The same bit planes with float32 activations (`float32.py`)."""
+
+    name = "cuda-float32"
+    dtypes = (torch.float32,)
+
+    def prepare(self, weight: BitPlanes, spec: LinearSpec) -> list[Tensor]:
+        from lutra.kernels.cuda import float32
+        from lutra.kernels.cuda.layout import layout_for, to_kernel_order
+
+        _check_scales(weight)
+        layout = layout_for(spec)
+        float32.load(layout, spec.uniform, weight.scale.dtype, _card(spec).index)
+        return to_kernel_order(weight, layout)
+
+    def describe(
+        self, spec: LinearSpec, tokens: int, scale: torch.dtype = torch.float16
+    ) -> tuple[str, str]:
+        from lutra.kernels.cuda.float32 import MOST_TOKENS
+
+        if tokens <= MOST_TOKENS:
+            return "float_linear", f"up to {MOST_TOKENS} tokens of float32"
+        return "float_expand", f"more than {MOST_TOKENS} tokens of float32: dense rows for torch"
+
+    def instances(
+        self, spec: LinearSpec, tokens: Iterable[int], scale: torch.dtype = torch.float16,
+        gpu: Card | None = None,
+    ) -> list[tuple[str, dict[str, int]]]:
+        from lutra.kernels.cuda.float32 import defines
+        from lutra.kernels.cuda.layout import layout_for
+
+        layout = layout_for(spec)
+        widths = [("float_linear", n) for n in (1, 4, 8)] + [("float_expand", 0)]
+        return [(name, defines(layout, spec.uniform, scale, n)) for name, n in widths]
+
+    def warm_up(
+        self, spec: LinearSpec, tokens: Sequence[int], scale: torch.dtype = torch.float16
+    ) -> None:
+        from lutra.kernels.cuda import float32
+        from lutra.kernels.cuda.layout import layout_for
+
+        float32.load(layout_for(spec), spec.uniform, scale, _card(spec).index)
+
+    def linear(
+        self, x: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: LinearSpec
+    ) -> Tensor:
+        return torch.ops.lutra.cuda_linear_float32(
+            x, *prepared, bias, spec.out_features, spec.in_features, spec.bits, spec.group_size,
+            spec.uniform,
+        )
+
+
+def _check_scales(weight: BitPlanes) -> None:
+    if weight.scale.dtype not in (torch.float16, torch.float32):
+        raise KernelError(
+            f"the CUDA kernels take scales in float16 and float32, not {weight.scale.dtype}"
+        )
+
+
 def kernels() -> list[Kernel]:
     """CUDA kernels that this installation has, fastest first; none without a GPU."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return []
-    return [CudaKernel()]
+    return [CudaKernel(), CudaFloat32Kernel()]
 
 
 def flat_kernels() -> list[FlatKernel]:
