@@ -16,6 +16,8 @@
 constexpr int SIDE = TOKENS > 8 ? 1 : (BITS <= 4 ? BITS : (BITS + 1) / 2);
 constexpr bool CODES = UNIFORM && BITS <= 4;
 constexpr int FOURS = TOKENS / 4;   // TOKENS is a multiple of 4; those past p.tokens are zero
+// Slices that are unrolled, to hide each other's latency, where registers suffice.
+constexpr int BESIDE = FOURS == 1 || (FOURS == 2 && (CODES || BITS <= 2)) ? 2 : 1;
 
 DEVICE void byte_product(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, uint4 c) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
@@ -126,7 +128,7 @@ struct Bytes {
   static DEVICE void multiply(const Lane& lane, u32 stage, u32 item_x, u32 item_records, const Levels& levels,
                               Sums& sums) {
     const u32 x_at = lane.x + item_x;
-#pragma unroll (TOKENS <= 4 ? 2 : 1)   // two slices hide each other's latency
+#pragma unroll (BESIDE)
     for (int slice = 0; slice < 2; slice++) {
       const u32 planes = lane.planes + stage + slice * SLICE_BYTES, x_slice = x_at + slice * (FOURS * BLOCK_BYTES);
       uint4 b[FOURS][2];   // of 16 tokens, loaded where it is used: registers

@@ -200,7 +200,8 @@ DEVICE void fetch(const Arguments& p, Cursor& c, u32 stage, int first_tile, int 
 template <class Product> DEVICE void few_tokens(const Arguments& p) {
   constexpr int TILE_VALUES = TOKENS * TILE_ROWS;
   extern __shared__ __align__(128) char shared[];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  // Where instructions bind, the lane's number is not worked out again at every item.
+  const int lane = TOKENS >= 4 ? kept(threadIdx.x & 31) : threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int k_part = warp % p.k_warps, row_part = warp / p.k_warps, row_parts = WARPS / p.k_warps;
   const int first_tile = blockIdx.x * row_parts + row_part, tile_step = gridDim.x * row_parts;
 

@@ -18,7 +18,7 @@ from lutra.kernels.cuda.prefill_plans import STEP_GROUPS, PrefillPlan
 MAX_FEW_TOKENS = 16
 RING_BYTES = 176 << 10  # of weights in flight per block
 LEAST_RING_BYTES = 48 << 10  # still hides the latency
-SMALL_WEIGHT = 24 << 20  # numbers
+SMALL_WEIGHT = 64 << 20  # numbers
 BINARY_TOKENS = 2  # most for `binary_linear`; more take `byte_linear`
 LEAST_ROWS = 16  # of fewer, all outputs may cancel: then the rounding of x would show
 DENSE_WORKSPACE_BYTES = 128 << 20
@@ -148,8 +148,8 @@ def few_plans(layout: Layout, scale_bytes: int, tokens: int, device: Card) -> tu
         if turns == 2 and tokens <= BINARY_TOKENS:  # the other kernel has too few registers then
             shapes += [(24, stages, early, 16) for stages in (3, 4, 5) for early in (1, 3)]
         if turns > 1 and tokens <= BINARY_TOKENS:
-            shapes += [(16, stages, early, 32) for stages in (3, 4, 5) for early in (1, 3)]
-        for (warps, stages, early, cut), k_warps in itertools.product(shapes, (4, 8, 16)):
+            shapes += [(16, stages, early, 32) for stages in (3, 4, 5) for early in (1, 2, 3)]
+        for (warps, stages, early, cut), k_warps in itertools.product(shapes, (4, 8, 16, 24)):
             plans.append(
                 _whole_plan(
                     layout, scale_bytes, tokens, device, warps, stages, k_warps=k_warps,
