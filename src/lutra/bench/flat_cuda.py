@@ -13,11 +13,9 @@ finds a cooler card. Before that the card works for a while.
 - ``lutra-quantize``: activations to integers, flattening included.
 - ``lutra-layer``: both, which is what a model runs.
 
-Weights are normal numbers rounded to nearest with a scale for each output, as the 16-bit ones
-beside them are normal; or, with ``digits="uniform"``, random in their whole range, which takes more
-power, so that a busy card runs at a lower clock. 2 % of the channels are twice as wide as the rest
-and four of them a hundred times, as in :mod:`lutra.bench.flat_cpu`; what that costs in columns is
-in ``growth``. Some tokens of every product are compared with the exact one.
+Layers are random integers at the ends of their ranges. 2 % of the channels are twice as wide as the
+rest and four of them a hundred times, as in :mod:`lutra.bench.flat_cpu`; what that costs in columns
+is in ``growth``. Some tokens of every product are compared with the exact one.
 """
 
 from __future__ import annotations
@@ -33,12 +31,11 @@ import torch
 from torch import Tensor
 
 from lutra.errors import KernelError
-from lutra.formats.flat import FlatWeight, largest_digit, pack_digits
+from lutra.formats.flat import FlatWeight, largest_digit
 
 WIDE_SHARE, VERY_WIDE = 0.02, 4
-TURNS, TURN_SECONDS, WARM_SECONDS = 11, 0.012, 0.25
+TURNS, TURN_SECONDS, WARM_SECONDS = 15, 0.012, 0.25
 CHECKED_TOKENS, CHECKED_ROWS = 32, 512
-ROWS_MADE = 4096  # at a time, of a random weight
 
 
 @dataclass
@@ -55,7 +52,6 @@ def run(
     batches: Sequence[int],
     bits: Sequence[int] = (8, 4),
     peers: bool | Sequence[str] = True,
-    digits: str = "normal",
 ) -> dict[str, Any]:
     """Measure; see the module's docstring.
 
@@ -64,7 +60,6 @@ def run(
         batches: numbers of tokens.
         bits: of the weights, 4 or 8.
         peers: all, none, or those named, beside cuBLAS, which is always there.
-        digits: how weights are distributed, ``normal`` or ``uniform``.
 
     Returns:
         ``machine`` and ``rows``: ``implementation, shape, batch, bits, us, tops`` (two operations
@@ -86,7 +81,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         dense = _dense_weights(shape, device)
-        layers = {b: _layers(shape, b, device, digits) for b in bits}
+        layers = {b: _layers(shape, b, device) for b in bits}
         for batch in batches:
             rows += _measure(shape, batch, dense, layers, with_int_mm, device)
         del dense, layers
@@ -95,9 +90,8 @@ def run(
 
 
 def random_layer(
-    out_features: int, in_features: int, bits: int, device: torch.device, seed: int = 0,
-    digits: str = "normal",
-) -> FlatWeight:  # fmt: skip
+    out_features: int, in_features: int, bits: int, device: torch.device, seed: int = 0
+) -> FlatWeight:
     """A layer with wide channels; see the module's docstring."""
     generator = torch.Generator(device).manual_seed(seed)
     most = largest_digit(bits)
@@ -106,18 +100,14 @@ def random_layer(
     wide = round(WIDE_SHARE * in_features)
     limit[order[:wide]] *= 2
     limit[order[wide : wide + VERY_WIDE]] *= 100
-    packed = []
-    for rows in torch.empty(out_features).split(ROWS_MADE):
-        shape = (len(rows), in_features)
-        if digits == "uniform":
-            part = torch.randint(-most, most + 1, shape, generator=generator, device=device)
-        else:
-            part = torch.randn(shape, generator=generator, device=device)
-            part = (part * (most / part.abs().amax(1, keepdim=True))).round()
-        packed.append(pack_digits(part.to(torch.int8), bits))
+    words = -(-in_features * bits // 32)
+    digits = torch.randint(
+        -(2**31), 2**31, (1, out_features, words), generator=generator, device=device,
+        dtype=torch.int64,
+    ).to(torch.int32)  # fmt: skip
     scale = torch.rand(out_features, generator=generator, device=device) * 1e-4 + 1e-5
     none = torch.empty(0, dtype=torch.int32, device=device)
-    return FlatWeight(torch.cat(packed, 1), scale, limit, none, bits, in_features)
+    return FlatWeight(digits, scale, limit, none, bits, in_features)
 
 
 def random_input(tokens: int, layer: FlatWeight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -143,16 +133,14 @@ class _Layer:
     spec: Any
 
 
-def _layers(
-    shape: tuple[int, int], bits: int, device: torch.device, digits: str = "normal"
-) -> list[_Layer]:
+def _layers(shape: tuple[int, int], bits: int, device: torch.device) -> list[_Layer]:
     from lutra.kernels.cuda.flat import CudaFlatKernel
     from lutra.kernels.cuda.flat_layout import Prepared
     from lutra.kernels.flat import FlatSpec
 
     kernel, made = CudaFlatKernel(), []
     for seed in range(_copies(shape[0] * shape[1] * bits // 8, device)):
-        weight = random_layer(*shape, bits, device, seed, digits)
+        weight = random_layer(*shape, bits, device, seed)
         spec = FlatSpec(*shape, weight.columns, bits, False, False, device, torch.bfloat16)
         refusal = kernel.supports(spec)
         if refusal:

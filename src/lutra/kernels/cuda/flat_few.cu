@@ -116,6 +116,7 @@ flat_few(const __grid_constant__ Arguments p) {
       const u32 stage = stages + s * STAGE_BYTES, mine = stage + X_BYTES + group * W_GROUP_BYTES;
       if (HORNER && 4 * k <= p.high) multiply_tile<true>(sum, mine, descriptor(stage), p.high - 4 * k, p.base);
       else multiply_tile<false>(sum, mine, descriptor(stage), 0, 0);
+      __syncwarp();   // one lane speaks for all, which may have read 4-bit weights from it
       if (lane == 0) barrier_arrive(empty + 8 * s);
     }
     if (HORNER && 4 * end <= p.high) {   // all of this block's columns are high

@@ -77,7 +77,10 @@ struct Ring {
     barrier_wait(full + 8 * at.stage, at.parity);
     return stages + at.stage * STAGE_BYTES;
   }
-  DEVICE void release(int stage) const { if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * stage); }
+  DEVICE void release(int stage) const {
+    __syncwarp();   // one lane speaks for all, which may have read 4-bit weights from it
+    if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * stage);
+  }
 };
 
 // The tiles with high columns, which are few: product by product. Returns their number.
