@@ -315,13 +315,54 @@ def _torch_int4pack(
     )
 
 
+def onnx_products(
+    x: Any, nodes: list[Any], constants: list[Any], out_features: int, threads: int
+) -> tuple[Callable[[], None], list[Any]]:
+    """A graph of ONNX Runtime that multiplies ``x`` by one weight after the other.
+
+    Args:
+        x: float32 array ``[tokens, in_features]``, input ``X``; to be kept as long as the call.
+        nodes: one product each; that of weight ``i`` gives output ``Y{i}``.
+        constants: their weights.
+        threads: of a product.
+
+    Returns:
+        The call, which has run once, and the array ``[tokens, out_features]`` of each output.
+    """
+    import numpy as np
+
+    onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    proto, helper = onnx.TensorProto, importlib.import_module("onnx.helper")
+
+    def of(name: str, features: int) -> Any:
+        return helper.make_tensor_value_info(name, proto.FLOAT, ["M", features])
+
+    outputs = [of(f"Y{i}", out_features) for i in range(len(nodes))]
+    graph = helper.make_graph(nodes, "products", [of("X", x.shape[1])], outputs, constants)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = session.io_binding()
+    binding.bind_cpu_input("X", x)
+    results = [np.empty((len(x), out_features), np.float32) for _ in nodes]
+    for i, y in enumerate(results):
+        binding.bind_output(f"Y{i}", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+    session.run_with_iobinding(binding)
+    return partial(session.run_with_iobinding, binding), results
+
+
 def _onnxruntime(
     shape: tuple[int, int], x_MI: Tensor, group: int, threads: int, copies: int
 ) -> Iterator[Candidate]:
     import numpy as np
 
-    onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
-    proto, helper = onnx.TensorProto, importlib.import_module("onnx.helper")
+    helper = importlib.import_module("onnx.helper")
+    proto = importlib.import_module("onnx").TensorProto
     out_features, in_features = shape
     if group not in (32, 64, 128, 256) or in_features % group:
         return
@@ -334,7 +375,7 @@ def _onnxruntime(
         scale = rng.random(out_features * blocks, dtype=np.float32) * 0.01 + 0.01
         stored = packed.nbytes + scale.nbytes
         count = min(copies, int(1.9e9 // stored))  # a model file ends at 2 GB
-        nodes, constants, outputs = [], [], []
+        constants, nodes = [], []
         for i in range(count):
             constants += [
                 proto(
@@ -350,7 +391,6 @@ def _onnxruntime(
                     raw_data=scale.tobytes(),
                 ),
             ]
-            # accuracy_level 4: int8 activations, its fast path; level 0 is a hundred times slower.
             nodes.append(
                 helper.make_node(
                     "MatMulNBits",
@@ -364,45 +404,23 @@ def _onnxruntime(
                     accuracy_level=4,
                 )
             )
-            outputs.append(helper.make_tensor_value_info(f"Y{i}", proto.FLOAT, ["M", out_features]))
-        graph = helper.make_graph(
-            nodes,
-            "products",
-            [helper.make_tensor_value_info("X", proto.FLOAT, ["M", in_features])],
-            outputs,
-            constants,
-        )
-        domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=domains)
-        model.ir_version = 10
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        del model, graph, constants
-        binding = session.io_binding()
-        binding.bind_cpu_input("X", x)
-        results = [np.empty((len(x), out_features), np.float32) for _ in range(count)]
-        for i, y in enumerate(results):
-            binding.bind_output(f"Y{i}", "cpu", 0, np.float32, y.shape, y.ctypes.data)
-        session.run_with_iobinding(binding)
+        run, held = onnx_products(x, nodes, constants, out_features, threads)
+        constants.clear()
         fields = np.stack(
             [packed[:CHECKED_ROWS] >> (bits * k) & (2**bits - 1) for k in range(8 // bits)], -1
         )
         codes = fields.reshape(len(fields), in_features).astype(np.float64) - 2 ** (bits - 1)
         steps = np.repeat(scale.reshape(out_features, blocks)[:CHECKED_ROWS], group, 1)
-        error = relative_error(torch.from_numpy(results[0]), x_MI, torch.from_numpy(codes * steps))
+        error = relative_error(torch.from_numpy(held[0]), x_MI, torch.from_numpy(codes * steps))
         yield Candidate(
             "onnxruntime",
             bits,
             group,
             stored,
-            [partial(session.run_with_iobinding, binding)],
+            [run],
             products=count,
             error=error,
-            holds=(x, results),
+            holds=(x, held),
         )
 
 

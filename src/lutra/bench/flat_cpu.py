@@ -32,6 +32,7 @@ from lutra.bench.cpu import (
     Candidate,
     Stream,
     machine,
+    onnx_products,
     relative_error,
     time_candidates,
 )
@@ -206,15 +207,15 @@ def _onnxruntime(
 ) -> Iterator[Candidate]:
     import numpy as np
 
-    onnx, ort = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
-    proto, helper = onnx.TensorProto, importlib.import_module("onnx.helper")
+    helper = importlib.import_module("onnx.helper")
+    proto = importlib.import_module("onnx").TensorProto
     out_features, in_features = shape
     rng = np.random.default_rng(0)
     x = x_MI.numpy()
     weight = rng.integers(-127, 128, (in_features, out_features), dtype=np.int8)
     scale = (rng.random(out_features, dtype=np.float32) * 0.01 + 0.001).astype(np.float32)
     count = max(1, min(copies, int(1.9e9 // weight.nbytes)))  # a model file ends at 2 GB
-    nodes, constants, outputs = [], [], []
+    constants, nodes = [], []
     for i in range(count):
         constants += [
             proto(
@@ -231,35 +232,15 @@ def _onnxruntime(
                 "DynamicQuantizeMatMul", ["X", f"B{i}", f"S{i}"], [f"Y{i}"], domain="com.microsoft"
             )
         )
-        outputs.append(helper.make_tensor_value_info(f"Y{i}", proto.FLOAT, ["M", out_features]))
-    graph = helper.make_graph(
-        nodes, "products", [helper.make_tensor_value_info("X", proto.FLOAT, ["M", in_features])],
-        outputs, constants,
-    )  # fmt: skip
-    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=domains)
-    model.ir_version = 10
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    del model, graph, constants
-    binding = session.io_binding()
-    binding.bind_cpu_input("X", x)
-    results = [np.empty((len(x), out_features), np.float32) for _ in range(count)]
-    for i, y in enumerate(results):
-        binding.bind_output(f"Y{i}", "cpu", 0, np.float32, y.shape, y.ctypes.data)
-    session.run_with_iobinding(binding)
+    run, results = onnx_products(x, nodes, constants, out_features, threads)
+    constants.clear()
     dense = torch.from_numpy(weight.astype(np.float32) * scale).T
     error = relative_error(
         torch.from_numpy(results[0][:CHECKED_ROWS]), x_MI[:CHECKED_ROWS], dense[:CHECKED_ROWS]
     )
     yield Candidate(
         "onnxruntime", 8, 0, weight.nbytes + scale.nbytes,
-        [partial(session.run_with_iobinding, binding)], products=count, error=error,
-        holds=(session, results, x),
+        [run], products=count, error=error, holds=(results, x),
     )  # fmt: skip
 
 
