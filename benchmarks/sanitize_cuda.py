@@ -33,6 +33,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 # Each tensor is an allocation of its own: torch's blocks of 2 MiB would hide what lies behind it.
 ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 ALLOWED = 2.5  # times the error of rounding; wrong indices miss by far more
+FLOAT32_ALLOWED = 1e-5
 TOKENS = (1, 2, 3, 4, 5, 8, 11, 16, 17, 33, 64, 65, 100, 130, 200, 300)
 
 
@@ -103,6 +104,7 @@ def distinct(plans: list[Any], layout: Layout, uniform: bool, form: Format) -> I
 
 def run_format(form: Format) -> Counter[str]:
     """Products of all numbers of tokens by the plan that is chosen and by others."""
+    from lutra.kernels.cuda import float32
     from lutra.kernels.cuda.launch import card
     from lutra.kernels.cuda.layout import layout_of, to_kernel_order
     from lutra.kernels.cuda.products import add_steps, run
@@ -134,6 +136,14 @@ def run_format(form: Format) -> Counter[str]:
             if not error <= ALLOWED * max(rounding, 1e-7 * exact.norm().item()):
                 print(f"WRONG {form.name} {tokens} tokens: {error / rounding:.2f} {plan}")
             ran[plan.kernel] += 1
+    for tokens in (1, 3, 9, 65):  # and with nothing rounded
+        x = torch.randn(tokens, inputs)
+        exact = x.double() @ exact_weight.T
+        y = float32.multiply(x.cuda(), planes, scales, None, layout, form.uniform)
+        error = (y.cpu().double() - exact).norm() / exact.norm()
+        if not error <= FLOAT32_ALLOWED:
+            print(f"WRONG {form.name} {tokens} tokens in float32: {error:.2e}")
+        ran["float32"] += 1
     return ran
 
 
