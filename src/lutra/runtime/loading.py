@@ -222,15 +222,13 @@ class _Mover:
         self.device, self.ahead = device, ahead
         self.stream = torch.cuda.Stream(device)
         self.threads = ThreadPoolExecutor(BUFFERS, "lutra-load")
-        self.free: deque[tuple[Tensor, Any]] = deque()
-        self.filling: deque[tuple[Future[None], Tensor, Tensor, Any]] = deque()
+        # Buffers that are empty once their event has come; None: one that is still to be made.
+        self.free: deque[tuple[Tensor | None, Any]] = deque([(None, None)] * BUFFERS)
+        self.filling: deque[tuple[Future[Tensor], int, Tensor]] = deque()
         self.submitted = self.sent = 0  # pieces
         self.sent_bytes = 0
 
     def __enter__(self) -> _Mover:
-        for _ in range(BUFFERS):
-            buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
-            self.free.append((buffer, None))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -252,9 +250,8 @@ class _Mover:
         target.record_stream(self.stream)
         for begin, piece in _pieces(source.contiguous()):
             buffer = self._buffer()
-            part = buffer[: piece.numel()]
             there = target.view(-1).view(torch.uint8)[begin : begin + piece.numel()]
-            self.filling.append((self.threads.submit(_fill, part, piece), part, there, buffer))
+            self.filling.append((self.threads.submit(_fill, buffer, piece), piece.numel(), there))
             self.submitted += 1
         return target
 
@@ -263,7 +260,7 @@ class _Mover:
         while self.filling:
             self._send()
 
-    def _buffer(self) -> Tensor:
+    def _buffer(self) -> Tensor | None:
         if not self.free:
             self._send()
         buffer, event = self.free.popleft()
@@ -272,22 +269,29 @@ class _Mover:
         return buffer
 
     def _send(self) -> None:
-        filled, part, there, buffer = self.filling.popleft()
-        filled.result()
+        filled, size, there = self.filling.popleft()
+        buffer = filled.result()
         with torch.cuda.stream(self.stream):
-            there.copy_(part, non_blocking=True)
+            there.copy_(buffer[:size], non_blocking=True)
             event = torch.cuda.Event()
             event.record(self.stream)
         self.free.append((buffer, event))
         self.sent += 1
-        self.sent_bytes += part.numel()
+        self.sent_bytes += size
         if self.ahead is not None:
             self.ahead.reached(self.sent_bytes)
 
 
-def _fill(part: Tensor, piece: Tensor) -> None:
+def _fill(buffer: Tensor | None, piece: Tensor) -> Tensor:
+    """Copy a piece to a pinned buffer, which is made if there is none; the buffer.
+
+    Pinning takes tens of milliseconds a buffer, so it is done here, beside other threads.
+    """
     _read_ahead(piece)
-    part.copy_(piece)
+    if buffer is None:
+        buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+    buffer[: piece.numel()].copy_(piece)
+    return buffer
 
 
 def _read_ahead(piece: Tensor) -> None:

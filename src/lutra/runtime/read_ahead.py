@@ -17,7 +17,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 THREADS = 8
-PIECE_BYTES = 8 << 20
+# Large, because between two pieces a thread waits for the interpreter, which builds the model.
+PIECE_BYTES = 32 << 20
+BUFFER_BYTES = 1 << 20  # what is read is not kept, so one buffer takes all of a piece
 
 
 class ReadAhead:
@@ -75,7 +77,7 @@ class ReadAhead:
             return next(self._pieces, None)
 
     def _run(self) -> None:
-        buffer = bytearray(PIECE_BYTES)
+        buffer = bytearray(min(BUFFER_BYTES, PIECE_BYTES))
         while (piece := self._next()) is not None:
             file, at = piece
             try:
@@ -97,7 +99,8 @@ class ReadAhead:
         done = 0
         with memoryview(buffer) as view:
             while done < size:
-                count = os.preadv(handle, [view[done:size]], at + done)
+                whole, rest = divmod(size - done, len(buffer))
+                count = os.preadv(handle, [view] * whole + [view[:rest]], at + done)
                 if count == 0:
                     break
                 done += count

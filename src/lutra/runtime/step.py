@@ -181,10 +181,9 @@ class DecodeStep:
     def _end_prompt(self, logits: Tensor) -> None:
         """Put the state behind prompts of :attr:`_length` tokens; choose the first new token."""
         self.unfinished.fill_(True)
-        if self.greedy:
-            torch.sub(self._length, 1, out=self.cache.position)  # choosing writes behind it
-            self._choose(logits)
         self.cache.position.copy_(self._length)
+        if self.greedy:
+            self._choose(logits)
 
     def _padded_length(self, length: int) -> int | None:
         """Tokens to which prompts are filled up; None if they are read as they are."""
@@ -300,26 +299,30 @@ class DecodeStep:
                 past_key_values=self.cache, use_cache=True,
             )  # fmt: skip
         logits = output.logits[:, -1]
+        position.add_(1)
         if self.greedy:
             self._choose(logits)
-        position.add_(1)
         return logits
 
     def _choose(self, logits: Tensor) -> None:
-        token = likeliest(logits)
+        """Put the likeliest token at the position; each launch here is one of every token."""
+        likeliest(logits, self.ids)
         if self._ends.numel():
-            token = torch.where(self.unfinished, token, self.padding)
-            self.unfinished.logical_and_((token[:, None] != self._ends).all(1))
-        self.ids.copy_(token[:, None])
-        self.tokens.index_copy_(0, self.cache.position + 1, token[None])
+            going_on = self.unfinished[:, None]
+            self.ids.copy_(torch.where(going_on, self.ids, self.padding))
+            self.unfinished.logical_and_((self.ids != self._ends).all(1))
+        self.tokens.index_copy_(0, self.cache.position, self.ids.T)
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)``, the first of equals, in pieces: torch gives a row to one processor."""
+def likeliest(logits: Tensor, out: Tensor) -> Tensor:
+    """``logits.argmax(-1, keepdim=True)``, the first of equals, into ``out``.
+
+    It goes in pieces, because torch gives a row to one processor.
+    """
     pieces = next((n for n in (256, 128, 64, 32, 16) if logits.shape[-1] % n == 0), 1)
     best, place = logits.view(logits.shape[0], pieces, -1).max(-1)
     piece = best.argmax(-1, keepdim=True)
-    return (piece * (logits.shape[-1] // pieces) + place.gather(1, piece)).squeeze(1)
+    return torch.add(place.gather(1, piece), piece, alpha=logits.shape[-1] // pieces, out=out)
 
 
 def fingerprint(model: Any) -> tuple[int, ...]:
