@@ -212,3 +212,19 @@ def test_a_cache_that_is_read_only_compiles_in_memory(
     nvrtc._say_once.cache_clear()
     assert nvrtc.compile_cubin("dequantize", FORM, "sm_90a") == b"cubin"
     assert "cannot be used" in caplog.text and "compiling in memory" in caplog.text
+
+
+def test_what_one_user_compiles_others_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTRA_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "compile_uncached", lambda *_: (b"cubin", ""))
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
+    before = os.umask(0o022)
+    try:
+        nvrtc.compile_cubin("dequantize", FORM, "sm_90a")
+    finally:
+        os.umask(before)
+    (entry,) = tmp_path.glob("cubin/*.cubin")
+    assert entry.stat().st_mode & 0o777 == 0o644
+    assert not list(tmp_path.glob("cubin/*.tmp"))

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -197,14 +198,21 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, cubin: bytes) -> None:
-    """Whole file or nothing: written beside its place, then renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    write_whole(path, _HEADER + hashlib.sha256(cubin).digest() + cubin)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Whole file or nothing: written beside its place, then renamed.
+
+    Others may read it as far as the umask lets them: a cache can be filled by one user for all.
+    """
+    temporary = path.with_name(f"{path.stem}-{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_HEADER + hashlib.sha256(cubin).digest() + cubin)
+        with temporary.open("xb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -26,7 +24,7 @@ from torch import Tensor
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_fits, batch_plans
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import Layout
-from lutra.kernels.cuda.nvrtc import cache_folder
+from lutra.kernels.cuda.nvrtc import cache_folder, write_whole
 from lutra.kernels.cuda.plans import (
     CODE_REGISTERS,
     MAX_FEW_TOKENS,
@@ -268,10 +266,8 @@ def save(rows: list[dict[str, Any]], device: Card, path: Path) -> None:
     merged = {key(row): row for row in (*old, *rows)}
     content = {"card": device.name, "rows": [merged[k] for k in sorted(merged)]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        lines = ",\n ".join(json.dumps(row) for row in content["rows"])
-        file.write(f'{{"card": {json.dumps(device.name)}, "rows": [\n {lines}\n]}}\n')
-    os.replace(temporary, path)
+    lines = ",\n ".join(json.dumps(row) for row in content["rows"])
+    text = f'{{"card": {json.dumps(device.name)}, "rows": [\n {lines}\n]}}\n'
+    write_whole(path, text.encode())
     _table.cache_clear()
     choose.cache_clear()
