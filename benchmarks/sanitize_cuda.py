@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from lutra.formats.bitplanes import BitPlanes, groups_per_row
-from lutra.kernels.cuda import nvrtc
+from lutra.kernels.cuda import launch, nvrtc
 from lutra.kernels.cuda.layout import Layout
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -316,13 +316,16 @@ def product_of_sums(x: torch.Tensor, weight_t: torch.Tensor, *, out: torch.Tenso
     return out
 
 
-def run_part(name: str, library: bool) -> None:
+def run_part(name: str, library: bool, overlap: bool) -> None:
     """Run one part.
 
     Args:
         library: whether rows that `dequantize` has expanded are multiplied by cuBLAS.
+        overlap: whether a kernel may start before the one ahead of it has ended.
     """
     torch.manual_seed(0)
+    if not overlap:
+        launch.Card.dependent_launch = property(lambda card: False)
     if not library:
         torch.mm = product_of_sums
     ran = PARTS[name]()
@@ -331,28 +334,27 @@ def run_part(name: str, library: bool) -> None:
 
 
 def check(
-    part: str, tool: str, seconds: float, kernels: str, cublas: bool
+    part: str, tool: str, seconds: float, kernels: str, more_options: list[str]
 ) -> tuple[bool, str]:
     """Whether a part is clean under a tool, and what there is to say.
 
     Args:
         kernels: names of the kernels that the tool looks at; all of ours if empty.
-        cublas: use cuBLAS behind `dequantize` under racecheck, too.
+        more_options: for the process that runs the part.
     """
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     more = ["--racecheck-report", "all"] if tool == "racecheck" else []
-    # Only our kernels: racecheck takes barriers of cuBLAS for none, and dies of some of its
-    # kernels, so products do without them there. cuda-bindings asks the driver for functions that
-    # it does not have, which is no error.
+    # Only our kernels: racecheck takes barriers of cuBLAS for none, and dies where kernels that it
+    # does not look at run between those that it does, so products do without cuBLAS there.
+    # cuda-bindings asks the driver for functions that it does not have, which is no error.
     names = kernels.split(",") if kernels else sorted(
         path.stem for path in Path(nvrtc.__file__).parent.glob("*.cu")
     )  # fmt: skip
     command = [
         sanitizer, "--tool", tool, *more, "--print-limit", "20", "--report-api-errors", "no",
         "--kernel-name", f"regex=^({'|'.join(names)})$", sys.executable, __file__, "--run", part,
+        *more_options,
     ]  # fmt: skip
-    if tool == "racecheck" and not cublas:
-        command.append("--without-cublas")
     start = time.monotonic()
     try:
         done = subprocess.run(
@@ -381,18 +383,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600, help="for one part under one tool")
     parser.add_argument("--cublas", action="store_true", help="use it under racecheck, too")
+    parser.add_argument("--no-overlap", action="store_true", help="each kernel waits for the last")
     parser.add_argument("--run", help="run one part here, without a tool")
-    parser.add_argument("--without-cublas", action="store_true", help="for --run: do without it")
     options = parser.parse_args()
     if options.run:
-        run_part(options.run, not options.without_cublas)
+        run_part(options.run, options.cublas, not options.no_overlap)
         return
+    overlap = ["--no-overlap"] * options.no_overlap
     pairs = [(p, t) for t in options.tools.split(",") for p in options.parts.split(",")]
     bad = 0
+
+    def one(pair: tuple[str, str]) -> tuple[bool, str]:
+        library = ["--cublas"] * (options.cublas or pair[1] != "racecheck")
+        return check(*pair, options.seconds, options.kernels, library + overlap)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(
-            lambda pair: check(*pair, options.seconds, options.kernels, options.cublas), pairs
-        )
+        found = pool.map(one, pairs)
         for (part, tool), (clean, text) in zip(pairs, found, strict=True):
             print(f"{tool:10} {part:28} {'clean' if clean else 'NOT CLEAN'}  {text}", flush=True)
             bad += not clean
