@@ -199,11 +199,12 @@ def test_argument_structs_mirror_the_sources() -> None:
         "binary_linear": products._FewArguments, "byte_linear": products._FewArguments,
         "exact_linear": products._FewArguments,
         "arrange": products._ArrangeArguments, "field_linear": products._FieldArguments,
-        "code_linear": products._CodeArguments, "code_prefill": products._CodeArguments,
-        "prefill_arrange": products._ArrangeArguments, "steps": products._StepsArguments,
+        "code_linear": products._CodeArguments, "code_prefill": products._PrefillArguments,
+        "prefill_arrange": products._PrefillArrangeArguments, "steps": products._StepsArguments,
         "dequantize": products._DequantizeArguments, "batch_linear": products._BatchArguments,
     }
-    assert ctypes.sizeof(products._CodeArguments) % 64 == 0  # as the compiler pads it
+    for mapped in (products._CodeArguments, products._PrefillArguments):
+        assert ctypes.sizeof(mapped) % 64 == 0  # as the compiler pads it
     for name, struct in structs.items():
         body = re.search(r"struct Arguments \{(.*?)\};", nvrtc.source(name), re.DOTALL)
         assert body is not None

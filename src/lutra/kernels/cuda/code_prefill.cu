@@ -13,11 +13,11 @@
 
 #include "prefill.cuh"
 
-
 struct Arguments {
   TensorMap planes;        // [tiles][slices * words of a slice], see common.cuh; boxes: TILES slices
   TensorMap scales;        // [tiles][groups * words of a group]; boxes: TILES groups
   TensorMap steps;         // free levels, see steps.cu: [tiles][groups * 8]; boxes: TILES groups
+  TensorMap results;       // y: [tokens][rows]; boxes: TOKENS tokens, 64 rows; not if boxes == 0
   const char* scales_at;
   const char* arranged;    // see prefill.cuh
   const float* factors;
@@ -27,18 +27,23 @@ struct Arguments {
   int rows, tokens;
   int tiles, items, groups, items_per_group;
   int row_blocks, token_tiles, near_tiles;   // token tiles of the same rows that run side by side
+  int whole;               // tiles that one cluster takes from end to end
+  int share, extra;        // units of the others for each cluster, and how many clusters have one more
+  int boxes;               // whether there is a map of y
+  float4* partial;         // [blocks][warps][SUMS / 4][32 lanes]
+  u32* flags;              // [blocks][warps], zeros
 };
 
 constexpr int ROWS = GROUPS * 64, THREADS = GROUPS * 128 + 128;
-constexpr int MULTIPLY_REGISTERS = GROUPS == 2 ? 232 : 152, FETCH_REGISTERS = 40;
+constexpr int MULTIPLY_REGISTERS = GROUPS == 2 ? 224 : 152, FETCH_REGISTERS = 56;
 constexpr int GROUP_SCALE_BYTES = 16 * SLOTS * SCALE_SIZE;   // of 16 rows
 constexpr int TILES = ROWS / 16;                      // of 16 rows
 constexpr int PLANES = TILES * SLICE_BYTES;           // bytes of one slice in the ring
 constexpr int SCALES = TILES * GROUP_SCALE_BYTES, STEPS = UNIFORM ? 0 : TILES * 32;
 constexpr int STAGE_BYTES = X_BYTES + PLANES + SCALES + STEPS;
 constexpr int SUMS = TOKENS / 2;                      // of a lane
-constexpr int STORED = BITS == 4 && !UNIFORM && TOKENS == 256 ? 16 : 32;                            // tokens that are stored at a time
-constexpr int STORE_BYTES = STORED * 128;             // of a warpgroup
+constexpr int STORE_STAGES = GROUPS == 3 ? 2 : 1;     // stages of the ring that take results
+static_assert(STAGE_BYTES >= TOKENS * 256 + 1023, "the results of two warpgroups");
 constexpr float SUMS_UNIT = UNIFORM ? 1.f / 65536.f : 256.f;   // of the product with the sums of x
 
 DEVICE u32 load_word(u32 shared) {
@@ -70,7 +75,6 @@ DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {   // of a block of the cl
   asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
                "mbarrier.arrive.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
 }
-DEVICE void group_barrier(int id) { asm volatile("bar.sync %0, 128;" :: "r"(id) : "memory"); }
 template <int REGISTERS> DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
@@ -80,8 +84,14 @@ template <int REGISTERS> DEVICE void take_registers() {
 // Four 8x8 tiles of 16-bit values, each stored transposed; lane 8 i + j gives the address of row j of tile i.
 DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-               :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+               :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d));
 }
+// From shared memory to a box in global memory; other threads may write there again after the wait.
+DEVICE void store_box(const TensorMap& map, int column, int row, u32 shared) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+               "cp.async.bulk.commit_group;" :: "l"(&map), "r"(column), "r"(row), "r"(shared) : "memory");
+}
+DEVICE void wait_stored() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 DEVICE u32 y_pair(float low, float high) {
   u32 pair;
   if (X_BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -98,6 +108,31 @@ struct Tile {
     const int rows_of = inside / near;
     row = rows_of * CLUSTER + (CLUSTER > 1 ? cluster_rank() : 0);
     token = far * p.near_tiles + inside - rows_of * near;
+  }
+};
+
+// What a cluster does: whole tiles, then its share of the inputs of those that are left. Units of a tile are its
+// slices and, behind them, the parts of the sums.
+struct Work {
+  int whole, count;   // items: tiles from end to end, all
+  int lo, hi, skipped;   // units of the other tiles; tiles before them
+
+  DEVICE Work(const Arguments& p, int units, int first, int clusters) {
+    whole = first < p.whole ? (p.whole - first - 1) / clusters + 1 : 0;
+    lo = p.share * first + min(p.extra, first);
+    hi = lo + p.share + (first < p.extra);
+    skipped = lo / units;
+    count = whole + (hi > lo ? (hi - 1) / units - skipped + 1 : 0);
+  }
+};
+struct Item {
+  int tile, begin, end;   // units
+  DEVICE Item(const Work& work, const Arguments& p, int units, int first, int clusters, int number) {
+    const int of = work.skipped + number - work.whole;
+    const bool whole = number < work.whole;
+    tile = whole ? first + number * clusters : p.whole + of;
+    begin = whole ? 0 : max(work.lo - of * units, 0);
+    end = whole ? units : min(work.hi - of * units, units);
   }
 };
 
@@ -237,9 +272,10 @@ DEVICE void sum_terms(u32 (&a)[4], const Arguments& p, const char* scales, int s
   }
 }
 
-// Results of 64 rows and 128 tokens, through a tile [64 tokens][64 rows] in shared memory.
-DEVICE void store(const Arguments& p, const float (&sum)[SUMS], int row, int token, u32 staged, int barrier) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, thread = threadIdx.x & 127;
+// Results of 64 rows in a tile [TOKENS][64 rows] in shared memory, as copies of boxes have it: lines of 128 bytes,
+// the eight pieces of a line in an order that depends on the line.
+DEVICE void stage_results(const Arguments& p, const float (&sum)[SUMS], int row, int token, u32 staged) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   const int of = row + warp * 16 + (lane >> 2);
   float bias[2] = {0.f, 0.f};
   if (p.bias) {
@@ -247,62 +283,123 @@ DEVICE void store(const Arguments& p, const float (&sum)[SUMS], int row, int tok
     if (of + 8 < p.rows) bias[1] = x_to_float(p.bias[of + 8]);
   }
   const float* factors = p.factors + token + 2 * (lane & 3);
-  // Tile i of a store: rows 8 (i & 1), tokens 8 (i >> 1); lines of 128 bytes, swizzled.
+  // Tile i of a store: rows 8 (i & 1), tokens 8 (i >> 1).
   const u32 line = staged + ((lane & 7) + (lane >> 4) * 8) * 128;
   const u32 at = line + (((2 * warp + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
 #pragma unroll
-  for (int round = 0; round < TOKENS / STORED; round++) {
-    group_barrier(barrier);   // the tile has been read
+  for (int column = 0; column < TOKENS; column += 16) {
+    u32 pair[4];
 #pragma unroll
-    for (int i = 0; i < STORED / 16; i++) {
-      u32 pair[4];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const int column = round * STORED + 16 * i + 8 * j, d = column / 2;
-        float2 f = *(const float2*)(factors + column);
-        f.x *= 256.f;
-        f.y *= 256.f;
-        pair[2 * j] = y_pair(fmaf(sum[d], f.x, bias[0]), fmaf(sum[d + 1], f.y, bias[0]));
-        pair[2 * j + 1] = y_pair(fmaf(sum[d + 2], f.x, bias[1]), fmaf(sum[d + 3], f.y, bias[1]));
-      }
-      store_transposed(at + i * 16 * 128, pair[0], pair[1], pair[2], pair[3]);
+    for (int j = 0; j < 2; j++) {
+      const int d = column / 2 + 4 * j;
+      float2 f = *(const float2*)(factors + column + 8 * j);
+      f.x *= 256.f;
+      f.y *= 256.f;
+      pair[2 * j] = y_pair(fmaf(sum[d], f.x, bias[0]), fmaf(sum[d + 1], f.y, bias[0]));
+      pair[2 * j + 1] = y_pair(fmaf(sum[d + 2], f.x, bias[1]), fmaf(sum[d + 3], f.y, bias[1]));
     }
-    group_barrier(barrier);
+    store_transposed(at + column * 128, pair[0], pair[1], pair[2], pair[3]);
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+DEVICE u32 results_at(u32 ring, int stage, int group) {
+  return (ring + stage * STAGE_BYTES + 1023) / 1024 * 1024 + group % 2 * (TOKENS * 128);
+}
+DEVICE int stage_after(int stage, int more) {   // more: -1 to STAGES
+  stage += more;
+  return stage < 0 ? stage + STAGES : stage < STAGES ? stage : stage - STAGES;
+}
+
+// From there to y, where it has no map: by one warp.
+DEVICE void copy_results(const Arguments& p, int row, int token, u32 staged) {
+  const int lane = threadIdx.x & 31, chunk = lane & 7, y_row = row + chunk * 8;
+#pragma unroll 1
+  for (int here = lane >> 3; here < min(TOKENS, p.tokens - token); here += 4) {
+    u32 words[4];
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(staged + here * 128 + ((chunk ^ (here & 7)) << 4)));
+    u16* y = p.y + (token + here) * p.y_stride + y_row;
 #pragma unroll
-    for (int i = 0; i < STORED / 16; i++) {
-      const int here = i * 16 + (thread >> 3), chunk = thread & 7;
-      const int y_token = token + round * STORED + here, y_row = row + chunk * 8;
-      if (y_token >= p.tokens || y_row >= p.rows) continue;
-      uint4 v;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "r"(staged + here * 128 + ((chunk ^ (here & 7)) << 4)));
-      u16* y = p.y + y_token * p.y_stride + y_row;
-      if (y_row + 8 <= p.rows && ((u64)y & 15) == 0) {
-        *(uint4*)y = v;
-      } else {
-        const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-          if (y_row + k < p.rows) y[k] = (u16)(words[k >> 1] >> (k & 1) * 16);
-      }
+    for (int k = 0; k < 8; k++)
+      if (y_row + k < p.rows) y[k] = (u16)(words[k >> 1] >> (k & 1) * 16);
+  }
+}
+
+// A warp copies results while the others go on to the next tile, and then frees their stages.
+DEVICE void store_results(const Arguments& p, const Work& work, int units, u32 ring, u32 empty, u32 results) {
+  const int lane = threadIdx.x & 31, first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+  int stage = 0;
+  u32 parities = 0;   // of the barriers of the stages
+  wait_for_previous_kernel();
+  for (int number = 0; number < work.count; number++) {
+    const Item item(work, p, units, first, step, number);
+    const Tile tile(p, item.tile);
+    stage = (stage + item.end - item.begin) % STAGES;
+    if (item.begin > 0) continue;
+    for (int s = 0; s < STORE_STAGES; s++) {
+      const int now = stage_after(stage, s);
+      barrier_wait(results + 8 * now, parities >> now & 1);
+      parities ^= 1u << now;
     }
+    for (int g = 0; g < GROUPS; g++) {
+      const u32 staged = results_at(ring, stage_after(stage, g / 2), g);
+      const int row = tile.row * ROWS + g * 64, token = tile.token * TOKENS;
+      if (!p.boxes) copy_results(p, row, token, staged);
+      else if (lane == 0 && row < p.rows) store_box(p.results, row, token, staged);
+    }
+    wait_stored();
+    __syncwarp();
+    for (int s = 0; s < STORE_STAGES; s++) {
+      if (lane >= GROUPS * 4) continue;
+      for (int rank = 0; rank < CLUSTER; rank++) barrier_arrive_at(empty + 8 * stage_after(stage, s), rank);
+    }
+    stage = stage_after(stage, STORE_STAGES);
+  }
+}
+
+// Sums of a warp for the block that has the first inputs of its tile, and from one that has others.
+DEVICE void give_sums(const Arguments& p, const float (&sum)[SUMS], int warp) {
+  const int lane = threadIdx.x & 31;
+  float4* to = p.partial + (long long)warp * (SUMS / 4 * 32) + lane;
+#pragma unroll
+  for (int i = 0; i < SUMS; i += 4) to[i * 8] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+  __syncwarp();
+  if (lane == 0) asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.u32 [%0], 1;" :: "l"(p.flags + warp) : "memory");
+}
+DEVICE void take_sums(const Arguments& p, float (&sum)[SUMS], int warp) {
+  const int lane = threadIdx.x & 31;
+  const float4* from = p.partial + (long long)warp * (SUMS / 4 * 32) + lane;
+  u32 given;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(given) : "l"(p.flags + warp) : "memory");
+  while (!__shfl_sync(~0u, given, 0));
+#pragma unroll
+  for (int i = 0; i < SUMS; i += 4) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from + i * 8) : "memory");
+    sum[i] += v.x;
+    sum[i + 1] += v.y;
+    sum[i + 2] += v.z;
+    sum[i + 3] += v.w;
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 code_prefill(const __grid_constant__ Arguments p) {
-  extern __shared__ __align__(128) char shared[];   // the ring, then tiles of results
-  __shared__ __align__(8) u64 barriers[2 * STAGES + GROUPS];
+  extern __shared__ __align__(128) char shared[];   // the ring, which takes results, too
+  __shared__ __align__(8) u64 barriers[3 * STAGES + GROUPS];
   const u32 ring = shared_address(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
-  const u32 turns = empty + 8 * STAGES;
+  const u32 results = empty + 8 * STAGES, turns = results + 8 * STAGES;
   const int slices = p.items * 2, parts = (slices + PART_SLICES - 1) / PART_SLICES;
   const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
-  const int tiles = (p.row_blocks + CLUSTER - 1) / CLUSTER * p.token_tiles;
+  const int units = slices + parts;
+  const Work work(p, units, first, step);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);   // uniform
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, GROUPS * 4 * CLUSTER);
+      barrier_init(results + 8 * s, GROUPS * 4);
     }
     for (int g = 0; g < GROUPS; g++) barrier_init(turns + 8 * g, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -316,12 +413,13 @@ code_prefill(const __grid_constant__ Arguments p) {
       wait_for_previous_kernel();
       Position at;
       at.parity = 1;   // the stages are free at first
-      for (int index = first; index < tiles; index += step) {
-        const Tile tile(p, index);
+      for (int number = 0; number < work.count; number++) {
+        const Item item(work, p, units, first, step, number);
+        const Tile tile(p, item.tile);
         const char* x = p.arranged + (long long)tile.token * (slices * (long long)X_BYTES + parts * PART_BYTES);
         // Blocks begin at different slices, so that they do not all ask for the same at once.
         const int shift = (tile.row / CLUSTER * 7 + tile.token * 3) % slices;
-        for (int n = 0; n < slices + parts; n++) {
+        for (int n = item.begin; n < item.end; n++) {
           const u32 stage = ring + at.stage * STAGE_BYTES, barrier = full + 8 * at.stage;
           const u32 planes = stage + X_BYTES, scales = planes + PLANES, steps = scales + SCALES;
           const int slice = shift + n < slices ? shift + n : shift + n - slices, bytes = n < slices ? X_BYTES : PART_BYTES;
@@ -343,13 +441,18 @@ code_prefill(const __grid_constant__ Arguments p) {
           }
           at.next();
         }
+        if (item.begin == 0)   // stages for the results
+          for (int s = 0; s < STORE_STAGES; s++, at.next()) {
+            barrier_wait(empty + 8 * at.stage, at.parity);
+            barrier_arrive(full + 8 * at.stage);
+          }
       }
     }
+    if (threadIdx.x >> 5 == 1) store_results(p, work, units, ring, empty, results);
     __syncwarp();
   } else {
     take_registers<MULTIPLY_REGISTERS>();
     const int group = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
-    const u32 staged = ring + STAGES * STAGE_BYTES + group * STORE_BYTES;
     const int of = group * 4 + warp;   // tile of 16 rows
     u32 turn = 0;   // parity
     Position at;   // of what is read next
@@ -365,8 +468,9 @@ code_prefill(const __grid_constant__ Arguments p) {
     };
     if (group == GROUPS - 1) pass_turn(turns, group);
     wait_for_previous_kernel();
-    for (int index = first; index < tiles; index += step) {
-      const Tile tile(p, index);
+    for (int number = 0; number < work.count; number++) {
+      const Item item(work, p, units, first, step, number);
+      const Tile tile(p, item.tile);
       if ((threadIdx.x & 127) < TOKENS / 8) touch(p.factors + tile.token * TOKENS + (threadIdx.x & 127) * 8);
       float2 unit = make_float2(1.f, 1.f);
 #pragma unroll
@@ -374,22 +478,24 @@ code_prefill(const __grid_constant__ Arguments p) {
       const int rows_of = min(tile.row * TILES + of, p.tiles - 1);
       const char* scales = p.scales_at + ((long long)rows_of * p.groups * 8 + (lane >> 2)) * (2 * SLOTS * SCALE_SIZE);
       Words words;
-      float2 next = load(words);
+      float2 next = unit;
+      if (item.begin < slices) next = load(words);
+      const int last = min(item.end, slices);
 #pragma unroll 1
-      for (int n = 0; n < slices; n++) {
+      for (int n = item.begin; n < last; n++) {
         rescale(sum, make_float2(divide(unit.x, next.x), divide(unit.y, next.y)));
         unit = next;
         words.cut(a);
         const int stage = at.stage;
         multiply(sum, a, ring + stage * STAGE_BYTES, turns, group, turn);
         at.next();
-        next = load(words);   // while the products run; behind the last slice it finds a part and is not used
+        if (n + 1 < last) next = load(words);   // while the products run
         products_wait<0>();
         release(stage);
       }
       rescale(sum, make_float2(unit.x * (1.f / SUMS_UNIT), unit.y * (1.f / SUMS_UNIT)));
 #pragma unroll 1
-      for (int n = 0; n < parts; n++) {
+      for (int n = max(item.begin - slices, 0); n < item.end - slices; n++) {
         // Not while products run: the compiler would use the registers of their operand.
         u32 terms[4][4];
 #pragma unroll
@@ -400,7 +506,23 @@ code_prefill(const __grid_constant__ Arguments p) {
         release(at.stage);
         at.next();
       }
-      store(p, sum, (tile.row * GROUPS + group) * 64, tile.token * TOKENS, staged, 8 + group);
+      if (item.begin > 0) {
+        give_sums(p, sum, blockIdx.x * (GROUPS * 4) + of);
+        continue;
+      }
+      // The clusters behind this one have what follows, one after the other.
+      for (int have = item.end, c = first + 1; have < units; c++) {
+        take_sums(p, sum, (c * CLUSTER + blockIdx.x % CLUSTER) * (GROUPS * 4) + of);
+        have += p.share + (c < p.extra);
+      }
+#pragma unroll
+      for (int s = 0; s < STORE_STAGES; s++, at.next()) {
+        if (s != group / 2) continue;   // for other warpgroups
+        barrier_wait(full + 8 * at.stage, at.parity);
+        stage_results(p, sum, tile.row * ROWS + group * 64, tile.token * TOKENS, results_at(ring, at.stage, group));
+        __syncwarp();
+        if (lane < STORE_STAGES) barrier_arrive(results + 8 * stage_after(at.stage, lane - s));
+      }
     }
     __syncwarp();
   }

@@ -184,19 +184,39 @@ def word_boxes(pointer: int, rows: int, columns: int, box_rows: int, box_columns
         rows, columns: of the array; rows are a multiple of 16 bytes long.
         box_rows, box_columns: of a box, at most 256 each; what lies outside reads as 0.
     """
+    return _boxes("INT32", pointer, rows, columns, columns * 4, box_rows, box_columns, "NONE")
+
+
+@lru_cache(maxsize=1024)
+def half_boxes(
+    pointer: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int
+) -> Any:
+    """As :func:`word_boxes`, of 16-bit numbers, in shared memory with a swizzle of 128 bytes.
+
+    Args:
+        stride: from row to row, a multiple of 8.
+        box_columns: at most 64; what lies outside is not written.
+    """
+    return _boxes("UINT16", pointer, rows, columns, stride * 2, box_rows, box_columns, "128B")
+
+
+def _boxes(
+    number: str, pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int,
+    box_columns: int, swizzle: str,
+) -> Any:
     from cuda.bindings import driver
 
     made = _ok(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT32,
+            getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{number}"),
             2,
             pointer,
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-            [driver.cuuint64_t(columns * 4)],
+            [driver.cuuint64_t(row_bytes)],
             [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{swizzle}"),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
 from lutra.kernels.cuda.launch import Card
-from lutra.kernels.cuda.layout import SLICE_INPUTS, Layout
+from lutra.kernels.cuda.layout import Layout
 
 PREFILL_TOKENS = 64  # beyond these it may be faster than the kernels that read weights once
 STEP_GROUPS = 1024  # fewest groups of 4-bit free levels: their steps are good on average
 TILES = ((256, 2), (128, 3))  # tokens and warpgroups of a block
+ARRANGE_SLICES = 16  # of a block that arranges x, times those that a lane holds
 RESERVED_BYTES = 512  # barriers, which the kernel declares itself
 
 
@@ -25,6 +27,8 @@ class PrefillPlan:
         stages: slices in shared memory.
         cluster: blocks of other rows that fetch x for each other.
         near_tiles: token tiles of the same rows that run side by side.
+        split: rounds of tiles, 0 to 2, in which all clusters share the inputs of what is left, so
+            that none is idle.
     """
 
     kernel: str
@@ -33,6 +37,7 @@ class PrefillPlan:
     stages: int
     cluster: int
     near_tiles: int
+    split: int = 0
 
 
 @cache
@@ -43,22 +48,25 @@ def prefill_plans(
     fits = layout.bits <= 4 and scale_bytes == 2 and layout.group >= 128
     if not uniform and layout.bits == 4:
         fits = fits and layout.rows * layout.groups >= STEP_GROUPS
-    fits = fits and arrange_bytes(layout) <= device.shared_bytes
+    fits = fits and arrange_held(layout) > 0
     if device.capability != (9, 0) or not fits or tokens <= PREFILL_TOKENS:
         return ()
     scored = []
-    for width, groups in TILES:
+    for (width, groups), cluster in itertools.product(TILES, (2, 1)):
         token_tiles, row_blocks = -(-tokens // width), -(-layout.rows // (64 * groups))
-        for cluster in (2, 1):
-            clusters = -(-row_blocks // cluster) * token_tiles
-            rounds = -(-clusters // (device.processors // cluster))
-            # Clocks of a tile: products of its slices and of the sums, start and results.
-            clocks = rounds * (layout.items * 2 * 1.03 * groups * width * 4 + 3000 + 8 * width)
+        tiles, most = -(-row_blocks // cluster) * token_tiles, device.processors // cluster
+        # Clocks of a tile: products of its slices and of the sums, start and results.
+        clocks = layout.items * 2 * 1.03 * groups * width * 4 + 3000 + 8 * width
+        stages = most_stages(layout, uniform, width, groups, device)
+        for split in (0, 1, 2) if tiles % most else (0,):
+            rounds = tiles / most if split else -(-tiles // most)
             plan = PrefillPlan(
-                "code_prefill", width, groups, most_stages(layout, uniform, width, groups, device),
-                cluster, min(4, token_tiles),
+                "code_prefill", width, groups, stages, cluster, min(4, token_tiles), split
             )
-            scored.append((clocks, plan))
+            # Those that share a tile hand their sums to one of them, one after the other.
+            shared = tiles - max(0, tiles // most + 1 - split) * most
+            handing = 12000 + 3000 * most / shared if split else 0
+            scored.append((rounds * clocks + handing, plan))
     scored.sort(key=lambda pair: pair[0])
     return tuple(plan for _, plan in scored)
 
@@ -74,6 +82,7 @@ def prefill_fits(
         and 2 < plan.stages <= most
         and plan.cluster in (1, 2)
         and plan.near_tiles > 0
+        and plan.split in (0, 1, 2)
     )
 
 
@@ -83,35 +92,72 @@ def _stage_bytes(layout: Layout, uniform: bool, tokens: int, groups: int) -> int
     return tokens * 256 + groups * 4 * (layout.bits * 256 + layout.slots * 32 + steps)
 
 
-def _store_bytes(layout: Layout, uniform: bool, tokens: int, groups: int) -> int:
-    """Results on their way to memory."""
-    stored = 16 if layout.bits == 4 and not uniform and tokens == 256 else 32  # tokens at a time
-    return groups * stored * 128
-
-
 def most_stages(layout: Layout, uniform: bool, tokens: int, groups: int, device: Card) -> int:
-    room = device.shared_bytes - RESERVED_BYTES - _store_bytes(layout, uniform, tokens, groups)
+    room = device.shared_bytes - RESERVED_BYTES
     return min(8, room // _stage_bytes(layout, uniform, tokens, groups))
 
 
 def prefill_shared_bytes(plan: PrefillPlan, layout: Layout, uniform: bool) -> int:
-    """Shared memory of `code_prefill.cu`: its ring, then tiles of results."""
-    stage = _stage_bytes(layout, uniform, plan.tokens, plan.groups)
-    return plan.stages * stage + _store_bytes(layout, uniform, plan.tokens, plan.groups)
+    """Shared memory of `code_prefill.cu`: its ring."""
+    return plan.stages * _stage_bytes(layout, uniform, plan.tokens, plan.groups)
+
+
+@dataclass(frozen=True)
+class PrefillWork:
+    """How the clusters of a launch divide tiles, each of ``units`` slices and parts of sums.
+
+    Attributes:
+        clusters: of the launch.
+        whole: tiles that are taken from end to end, one after the other.
+        share, extra: units of the others for each cluster; the first ``extra`` have one more.
+    """
+
+    clusters: int
+    whole: int
+    share: int
+    extra: int
+
+
+def prefill_work(
+    plan: PrefillPlan, layout: Layout, uniform: bool, tokens: int, half: bool, device: Card
+) -> PrefillWork:
+    """``half``: results in half, not bf16."""
+    row_blocks = -(-layout.rows // (64 * plan.groups))
+    tiles = -(-row_blocks // plan.cluster) * -(-tokens // plan.tokens)
+    most = device.processors // plan.cluster
+    if plan.split == 0 or tiles % most == 0:
+        return PrefillWork(min(most, tiles), tiles, 0, 0)
+    whole = max(0, tiles // most + 1 - plan.split) * most
+    units = layout.items * 2 + _sum_parts(layout, uniform, half)
+    share, extra = divmod((tiles - whole) * units, most)
+    return PrefillWork(most, whole, share, extra)
+
+
+def shared_sums(plan: PrefillPlan, work: PrefillWork) -> tuple[int, int]:
+    """Floats of sums that blocks hand to each other, and flags; none if every tile is whole."""
+    if work.share + work.extra == 0:
+        return 0, 0
+    blocks = work.clusters * plan.cluster
+    return blocks * plan.groups * 64 * plan.tokens, blocks * plan.groups * 4
+
+
+def arrange_held(layout: Layout) -> int:
+    """Slices of a token that two lanes of `prefill_arrange.cu` take; 0: a row is too long."""
+    slices = layout.items * 2
+    return next((held for held in (1, 2, 4) if slices <= held * ARRANGE_SLICES * 8), 0)
 
 
 def arrange_blocks(layout: Layout) -> int:
-    """Blocks of a cluster of `prefill_arrange.cu`: one for every eight slices, up to eight."""
-    return min(8, -(-layout.items * 2 // 8))
-
-
-def arrange_bytes(layout: Layout) -> int:
-    """Shared memory of `prefill_arrange.cu`: eight rows of x in a block's share of slices."""
-    return (-(-layout.items * 2 // arrange_blocks(layout)) * SLICE_INPUTS * 2 + 16) * 8
+    """Blocks of a cluster of `prefill_arrange.cu`, at most eight."""
+    return -(-layout.items * 2 // (arrange_held(layout) * ARRANGE_SLICES))
 
 
 def arranged_bytes(layout: Layout, uniform: bool, tokens: int, half: bool) -> int:
     """x for `code_prefill.cu` (see prefill.cuh); ``half``: results in half, not bf16."""
-    slices = layout.items * 2
+    return tokens * (layout.items * 512 + _sum_parts(layout, uniform, half) * 128)
+
+
+def _sum_parts(layout: Layout, uniform: bool, half: bool) -> int:
+    """Parts of the sums of x over slices."""
     terms = 4 if (uniform or layout.bits == 1) and half else 2
-    return tokens * (slices * 256 + -(-slices // (64 // terms)) * 128)
+    return -(-layout.items * 2 // (64 // terms))

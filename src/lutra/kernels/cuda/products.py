@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lutra.errors import KernelError, ResourceError
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_sizes
-from lutra.kernels.cuda.launch import Card, Function, card, function, word_boxes
+from lutra.kernels.cuda.launch import (
+    Card,
+    Function,
+    card,
+    function,
+    half_boxes,
+    word_boxes,
+)
 from lutra.kernels.cuda.layout import TILE_ROWS, WHOLE_ITEMS, Layout, scales_size
 from lutra.kernels.cuda.plans import (
     DENSE_WORKSPACE_BYTES,
@@ -31,9 +38,11 @@ from lutra.kernels.cuda.plans import (
 from lutra.kernels.cuda.prefill_plans import (
     PrefillPlan,
     arrange_blocks,
-    arrange_bytes,
+    arrange_held,
     arranged_bytes,
     prefill_shared_bytes,
+    prefill_work,
+    shared_sums,
 )
 from lutra.kernels.cuda.tuning import choose
 
@@ -71,6 +80,10 @@ class _ArrangeArguments(ctypes.Structure):
     ]
 
 
+class _PrefillArrangeArguments(ctypes.Structure):
+    _fields_ = [*_ArrangeArguments._fields_, ("flags", ctypes.c_int)]
+
+
 class _FieldArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p),
@@ -100,6 +113,21 @@ class _CodeArguments(ctypes.Structure):
         ("token_tiles", ctypes.c_int),
         ("near_tiles", ctypes.c_int),
         ("padding", ctypes.c_byte * 44),  # the size is a multiple of the maps' alignment, 64
+    ]
+
+
+class _PrefillArguments(ctypes.Structure):
+    _fields_ = [
+        *_CodeArguments._fields_[:3],
+        ("results", ctypes.c_ulonglong * 16),
+        *_CodeArguments._fields_[3:-1],
+        ("whole", ctypes.c_int),
+        ("share", ctypes.c_int),
+        ("extra", ctypes.c_int),
+        ("boxes", ctypes.c_int),
+        ("partial", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
+        ("padding", ctypes.c_byte * 8),
     ]
 
 
@@ -196,7 +224,7 @@ def prefill_defines(
     """Compile-time parameters of `prefill_arrange.cu` and `code_prefill.cu`."""
     one_plane = layout.bits == 1  # levels of one plane are uniform
     both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
-    return both, both | {
+    return both | {"HELD": arrange_held(layout)}, both | {
         "GROUPS": plan.groups, "STAGES": plan.stages, "CLUSTER": plan.cluster,
     }
 
@@ -329,32 +357,21 @@ def _code_functions(
     )
 
 
-def _code_arguments(
-    tiles: int, planes: Tensor, scales: Tensor, arranged: Tensor, factors: Tensor,
-    bias: Tensor | None, y: Tensor, tokens: int, layout: Layout, uniform: bool,
-    order: tuple[int, int, int],
-) -> _CodeArguments:
-    """Arguments of `code_linear.cu` and `code_prefill.cu`.
+def _weight_boxes(
+    tiles: int, planes: Tensor, scales: Tensor, layout: Layout, uniform: bool
+) -> tuple[Any, Any, Any]:
+    """Descriptions of planes, scales and steps: boxes of ``tiles`` tiles, those of a block."""
 
-    Args:
-        tiles: tiles of 16 rows in a block.
-        order: blocks of rows, tiles of tokens, those of them that run side by side.
-    """
-
-    def boxes(tensor: Tensor, offset: int, columns: int, words: int) -> ctypes.Array[Any]:
-        """Boxes of as many tiles as a block has, each with ``words`` 32-bit words."""
+    def boxes(tensor: Tensor, offset: int, columns: int, words: int) -> Any:
         return word_boxes(
             tensor.data_ptr() + offset, layout.tiles, columns * words, tiles, words
         )
 
     steps = scales_size(layout) * 2 if has_steps(layout, uniform) else 0
-    return _CodeArguments(
+    return (
         boxes(planes, 0, layout.items * 2, layout.bits * 64),
         boxes(scales, 0, layout.groups, layout.slots * 8),
         boxes(scales, steps, layout.groups, 8),
-        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
-        y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
-        layout.items_per_group, *order,
     )
 
 
@@ -379,9 +396,11 @@ def code_linear(
     factors = torch.empty(padded, dtype=torch.float32, device=x.device)
     _arrange(arrange, x, arranged, factors, layout)
 
-    arguments = _code_arguments(
-        plan.warpgroups * 4, planes, scales, arranged, factors, bias, y, tokens, layout, uniform,
-        (row_blocks, token_tiles, min(plan.near_tiles, token_tiles)),
+    arguments = _CodeArguments(
+        *_weight_boxes(plan.warpgroups * 4, planes, scales, layout, uniform),
+        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
+        y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
+        layout.items_per_group, row_blocks, token_tiles, min(plan.near_tiles, token_tiles),
     )
     kernel(
         arguments, (plan.cluster * row_blocks * token_tiles, 1, 1), plan.warpgroups * 128 + 32,
@@ -397,7 +416,7 @@ def _prefill_functions(
     arrange, main = prefill_defines(plan, layout, uniform, scale, x)
     shared = prefill_shared_bytes(plan, layout, uniform)
     return (
-        function("prefill_arrange", arrange, device, arrange_bytes(layout)),
+        function("prefill_arrange", arrange, device),
         function("code_prefill", main, device, shared),
     )
 
@@ -409,29 +428,40 @@ def prefill_linear(
     """``y = x @ W.T + bias`` for a hundred rows of x and more on Hopper; up to 4 bits."""
     if has_steps(layout, uniform):
         _check_steps(scales, layout)
-    device, tokens, slices = card(x.device.index), x.shape[0], layout.items * 2
+    device, tokens, half = card(x.device.index), x.shape[0], x.dtype == torch.float16
     arrange, kernel = _prefill_functions(plan, layout, uniform, scales.dtype, x.dtype, device)
     token_tiles, row_blocks = -(-tokens // plan.tokens), -(-layout.rows // (64 * plan.groups))
     padded = plan.tokens * token_tiles
-    size = arranged_bytes(layout, uniform, padded, x.dtype == torch.float16)
+    work = prefill_work(plan, layout, uniform, tokens, half, device)
+    sums, flags = shared_sums(plan, work)
+    size = arranged_bytes(layout, uniform, padded, half)
     arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
-    factors = torch.empty(padded, dtype=torch.float32, device=x.device)
+    factors = torch.empty(padded + flags, dtype=torch.float32, device=x.device)
+    partial = torch.empty(sums, dtype=torch.float32, device=x.device)
+    blocks = arrange_blocks(layout)
     arrange(
-        _ArrangeArguments(
+        _PrefillArrangeArguments(
             x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
-            layout.inputs, slices,
+            layout.inputs, layout.items * 2, flags,
         ),
-        (padded // 8 * arrange_blocks(layout), 1, 1),
+        (padded // 8 * blocks, 1, 1),
         256,
-        arrange_blocks(layout),
+        blocks,
     )
-    arguments = _code_arguments(
-        plan.groups * 4, planes, scales, arranged, factors, bias, y, tokens, layout, uniform,
-        (row_blocks, token_tiles, min(plan.near_tiles, token_tiles)),
+    boxed = y.data_ptr() % 16 == 0 and y.stride(0) % 8 == 0
+    results = (
+        half_boxes(y.data_ptr(), tokens, layout.rows, y.stride(0), plan.tokens, 64)
+        if boxed else (ctypes.c_ulonglong * 16)()
     )
-    clusters = -(-row_blocks // plan.cluster) * token_tiles
-    grid = min(device.processors // plan.cluster, clusters) * plan.cluster
-    kernel(arguments, (grid, 1, 1), (plan.groups + 1) * 128, plan.cluster)
+    arguments = _PrefillArguments(
+        *_weight_boxes(plan.groups * 4, planes, scales, layout, uniform), results,
+        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
+        y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
+        layout.items_per_group, row_blocks, token_tiles, min(plan.near_tiles, token_tiles),
+        work.whole, work.share, work.extra, int(boxed), partial.data_ptr(),
+        factors.data_ptr() + 4 * padded,
+    )
+    kernel(arguments, (work.clusters * plan.cluster, 1, 1), (plan.groups + 1) * 128, plan.cluster)
 
 
 class _StepsArguments(ctypes.Structure):
@@ -587,11 +617,23 @@ def plan_instances(
     return [("dequantize", format_defines(layout, uniform, scale, x))]
 
 
+@cache
+def may_be_dense(layout: Layout, uniform: bool, scale_bytes: int, device: Card) -> bool:
+    """Whether products of some number of tokens expand the weight, which takes a workspace."""
+    numbers = (1 << n for n in range(17))  # rules and tables do not change beyond
+    return any(
+        isinstance(choose(layout, uniform, scale_bytes, n, device)[0], DensePlan) for n in numbers
+    )
+
+
 def load(
     layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype, device: torch.device,
     tokens: tuple[int, ...] = (1,),
 ) -> None:
-    """Compile and load the kernels for some numbers of tokens, and allocate their workspaces."""
+    """Compile and load the kernels for some numbers of tokens, and allocate what they work in.
+
+    Where a larger number would be multiplied by the library, what that takes is made ready, too.
+    """
     index = device.index if device.index is not None else torch.cuda.current_device()
     if x not in (torch.float16, torch.bfloat16):
         raise KernelError(f"the CUDA kernels take float16 and bfloat16 activations, not {x}")
@@ -608,5 +650,6 @@ def load(
             _code_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, PrefillPlan):
             _prefill_functions(plan, layout, uniform, scale, x, gpu)
-    _dequantize_function(layout, uniform, scale, x, gpu)
-    dense_workspace(torch.device("cuda", index), x)
+    if may_be_dense(layout, uniform, scale.itemsize, gpu):
+        _dequantize_function(layout, uniform, scale, x, gpu)
+        dense_workspace(torch.device("cuda", index), x)
