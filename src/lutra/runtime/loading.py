@@ -7,7 +7,7 @@ anew for its kernel as it arrives. Other threads (:mod:`lutra.runtime.read_ahead
 read the files before the modules were there.
 
 With ``LUTRA_PINNED_LOAD=0`` torch copies the mapped tensors one by one, and layers are laid out
-when all are there. Measured on an H200, that takes 1.1 to 1.7 times as long from a disk and 1.1
+when all are there. Measured on an H200, that takes 1.0 to 1.8 times as long from a disk and 1.2
 times from the page cache (`docs/performance-model.md`); it needs 256 MiB less of pinned memory.
 """
 
