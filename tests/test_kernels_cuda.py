@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import re
 from dataclasses import asdict
@@ -16,7 +17,12 @@ import torch
 from lutra.formats.bitplanes import BitPlanes, groups_per_row
 from lutra.kernels.cuda import CudaKernel, kernels, tuning
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_plans, batch_sizes
-from lutra.kernels.cuda.launch import Card
+from lutra.kernels.cuda.code_batch_plans import (
+    code_batch_blocks,
+    code_batch_plans,
+    code_batch_shared_bytes,
+)
+from lutra.kernels.cuda.launch import TYPICAL_CARDS, Card
 from lutra.kernels.cuda.layout import (
     from_kernel_order,
     layout_for,
@@ -39,6 +45,8 @@ from lutra.kernels.cuda.prefill_plans import (
     prefill_fits,
     prefill_plans,
     prefill_shared_bytes,
+    prefill_work,
+    shared_sums,
 )
 from lutra.kernels.cuda.tuning import choose
 from lutra.kernels.dispatch import LinearSpec
@@ -116,6 +124,12 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
                     assert rows * sizes.passes >= shape[0]
                     assert sizes.shared_bytes < card.shared_bytes
                     assert sizes.x_slices * batch.panels * batch.cluster >= layout.items * 2
+                uniform = layout_of(*shape, bits, group_size, True)
+                blocks = code_batch_plans(uniform, True, 2, tokens, card)
+                assert bool(blocks) == (takes and shape[1] <= 65536)
+                for block in blocks:
+                    assert code_batch_shared_bytes(block, uniform) < card.shared_bytes
+                    assert code_batch_blocks(block, uniform) * block.rows >= shape[0]
                 for prefill in prefill_plans(layout, False, 2, tokens, card):
                     assert prefill_shared_bytes(prefill, layout, False) < card.shared_bytes
                     assert prefill_fits(prefill, layout, False, 2, tokens, card)
@@ -202,8 +216,12 @@ def test_argument_structs_mirror_the_sources() -> None:
         "code_linear": products._CodeArguments, "code_prefill": products._PrefillArguments,
         "prefill_arrange": products._PrefillArrangeArguments, "steps": products._StepsArguments,
         "dequantize": products._DequantizeArguments, "batch_linear": products._BatchArguments,
+        "code_batch": products._CodeBatchArguments,
     }
-    for mapped in (products._CodeArguments, products._PrefillArguments):
+    mapped_structs = (
+        products._CodeArguments, products._CodeBatchArguments, products._PrefillArguments
+    )
+    for mapped in mapped_structs:
         assert ctypes.sizeof(mapped) % 64 == 0  # as the compiler pads it
     for name, struct in structs.items():
         body = re.search(r"struct Arguments \{(.*?)\};", nvrtc.source(name), re.DOTALL)
@@ -217,6 +235,28 @@ def test_argument_structs_mirror_the_sources() -> None:
             kind = ctypes.c_void_p if "*" in words[1] else c_types[words[1]]
             fields += [(field.strip(), kind) for field in words[2].split(",")]
         assert fields == [field for field in struct._fields_ if field[0] != "padding"], name
+
+
+def test_tiles_left_over_are_shared() -> None:
+    """Clusters of `code_prefill.cu` have equal rounds of whole tiles and all units of the others."""
+    card = TYPICAL_CARDS["sm_90a"]
+    splits = set()
+    for shape, tokens, half in itertools.product(
+        [(28672, 8192), (4096, 14336), (1000, 300)], (128, 700, 4096), (True, False)
+    ):
+        layout = layout_of(*shape, 3, 128, True)
+        units = layout.items * 2 + -(-layout.items * 2 // (16 if half else 32))
+        for plan in prefill_plans(layout, True, 2, tokens, card):
+            work = prefill_work(plan, layout, True, tokens, half, card)
+            tiles = -(-layout.rows // (64 * plan.groups * plan.cluster)) * -(-tokens // plan.tokens)
+            assert work.clusters * work.share + work.extra == (tiles - work.whole) * units
+            assert work.whole == tiles or work.whole % work.clusters == 0
+            assert work.clusters * plan.cluster <= card.processors
+            assert bool(plan.split) == (work.whole < tiles)
+            floats, flags = shared_sums(plan, work)
+            assert bool(floats) == bool(flags) == (work.whole < tiles)
+            splits.add(plan.split)
+    assert splits == {0, 1, 2}
 
 
 def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,37 @@ def test_many_tokens_and_odd_sizes() -> None:
             check(weight, torch.randn(batch, in_features, device="cuda").half())
 
 
+@pytest.mark.parametrize("tokens", [8, 13, 32, 50])
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_plans_of_code_batch(bits: int, tokens: int) -> None:
+    """Odd sizes, groups of one row, rows of x that are not aligned, bias, both types."""
+    from lutra.kernels.cuda.code_batch_plans import code_batch_plans
+    from lutra.kernels.cuda.launch import card
+    from lutra.kernels.cuda.layout import layout_of, to_kernel_order
+    from lutra.kernels.cuda.products import run
+
+    torch.manual_seed(bits * 64 + tokens)
+    shapes = [(33, 300, 128), (700, 4128, 256), (1200, 2176, 128)]
+    for index, (out_features, in_features, group_size) in enumerate(shapes):
+        weight = random_weight(out_features, in_features, bits, group_size, True)
+        layout = layout_of(out_features, in_features, bits, group_size, True)
+        planes, scales = to_kernel_order(weight, layout)
+        torch.cuda.synchronize()
+        dtype = (torch.float16, torch.bfloat16)[(index + bits) % 2]
+        x = torch.randn(tokens, in_features + 1, device="cuda").to(dtype)[:, 1:]
+        bias = torch.randn(out_features, device="cuda").to(dtype)
+        exact = x.double() @ weight.unpack(torch.float64).T + bias.double()
+        allowed = ROUNDING_ALLOWANCE * rounding_error(exact, dtype)
+        plans = code_batch_plans(layout, True, 2, tokens, card(0))
+        assert plans or card(0).capability != (9, 0)
+        for plan in plans[index::13]:
+            y = torch.full((2, tokens, out_features), float("nan"), device="cuda").to(dtype)
+            for part in y:
+                run(plan, x, planes, scales, bias, part, layout, True)
+            assert (y[0].double() - exact).norm().item() <= allowed, plan
+            assert torch.equal(y[0], y[1]), plan
+
+
 @pytest.mark.parametrize("bits", range(1, 5))
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("shape", [(33, 300, 128), (700, 4128, 256), (1200, 2176, 128)])

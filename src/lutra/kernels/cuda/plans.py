@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lutra.kernels.cuda.batch_plans import BatchPlan
+from lutra.kernels.cuda.code_batch_plans import CodeBatchPlan
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
 from lutra.kernels.cuda.prefill_plans import STEP_GROUPS, PrefillPlan
@@ -119,7 +120,7 @@ class DensePlan:
     rows: int
 
 
-Plan = FewPlan | BatchPlan | FieldPlan | CodePlan | PrefillPlan | DensePlan
+Plan = FewPlan | BatchPlan | CodeBatchPlan | FieldPlan | CodePlan | PrefillPlan | DensePlan
 
 
 @cache

@@ -14,6 +14,11 @@ from torch import Tensor
 
 from lutra.errors import KernelError, ResourceError
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_sizes
+from lutra.kernels.cuda.code_batch_plans import (
+    CodeBatchPlan,
+    code_batch_blocks,
+    code_batch_shared_bytes,
+)
 from lutra.kernels.cuda.launch import (
     Card,
     Function,
@@ -142,6 +147,16 @@ class _BatchArguments(ctypes.Structure):
     ]
 
 
+class _CodeBatchArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_ulonglong * 16),
+        ("scales", ctypes.c_ulonglong * 16),
+        ("scales_at", ctypes.c_void_p),
+        *_FieldArguments._fields_[2:],
+        ("padding", ctypes.c_byte * 56),  # the size is a multiple of the maps' alignment, 64
+    ]
+
+
 class _DequantizeArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p),
@@ -215,6 +230,18 @@ def batch_defines(
     return format_defines(layout, uniform or one_plane, scale, x) | {
         "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages,
         "PANELS": plan.panels, "SIGNS": plan.signs,
+    }
+
+
+def code_batch_defines(
+    plan: CodeBatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time parameters of `prefill_arrange.cu` and `code_batch.cu`."""
+    one_plane = layout.bits == 1  # levels of one plane are uniform
+    both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
+    return both | {"HELD": arrange_held(layout)}, both | {
+        "GROUPS": plan.groups, "K_GROUPS": plan.k_groups, "TALL": plan.tall,
+        "STAGES": plan.stages, "SHARE": plan.share,
     }
 
 
@@ -464,6 +491,50 @@ def prefill_linear(
     kernel(arguments, (work.clusters * plan.cluster, 1, 1), (plan.groups + 1) * 128, plan.cluster)
 
 
+@cache
+def _code_batch_functions(
+    plan: CodeBatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype,
+    device: Card,
+) -> tuple[Function, Function]:
+    arrange, main = code_batch_defines(plan, layout, uniform, scale, x)
+    return (
+        function("prefill_arrange", arrange, device),
+        function("code_batch", main, device, code_batch_shared_bytes(plan, layout)),
+    )
+
+
+def code_batch_linear(
+    plan: CodeBatchPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None,
+    y: Tensor, layout: Layout, uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for up to ``plan.tokens`` rows of x on Hopper; uniform levels."""
+    device, tokens = card(x.device.index), x.shape[0]
+    arrange, kernel = _code_batch_functions(plan, layout, uniform, scales.dtype, x.dtype, device)
+    size = arranged_bytes(layout, True, plan.tokens, x.dtype == torch.float16)
+    arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
+    factors = torch.empty(plan.tokens, dtype=torch.float32, device=x.device)
+    blocks = arrange_blocks(layout)
+    arrange(
+        _PrefillArrangeArguments(
+            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
+            layout.inputs, layout.items * 2, 0,
+        ),
+        (plan.tokens // 8 * blocks, 1, 1),
+        256,
+        blocks,
+    )
+    arguments = _CodeBatchArguments(
+        *_weight_boxes(plan.rows // 16, planes, scales, layout, True)[:2],
+        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
+        y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
+        layout.items_per_group,
+    )
+    kernel(
+        arguments, (code_batch_blocks(plan, layout), 1, 1), (plan.groups + 1) * 128,
+        plan.cluster * plan.share,
+    )
+
+
 class _StepsArguments(ctypes.Structure):
     _fields_ = [
         ("scales", ctypes.c_void_p),
@@ -557,13 +628,15 @@ def run(
 
     A plan for few tokens takes more of them in several launches.
     """
-    if isinstance(plan, FewPlan | BatchPlan):
+    if isinstance(plan, FewPlan | BatchPlan | CodeBatchPlan):
         for i in range(0, x.shape[0], plan.tokens):
             part = slice(i, i + plan.tokens)
             if isinstance(plan, FewPlan):
                 few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
-            else:
+            elif isinstance(plan, BatchPlan):
                 batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
+            else:
+                code_batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
         return True
     if isinstance(plan, FieldPlan):
         field_linear(plan, x, planes, scales, bias, y, layout, uniform)
@@ -611,6 +684,9 @@ def plan_instances(
     if isinstance(plan, CodePlan):
         arrange, main = code_defines(plan, layout, uniform, scale, x)
         return [("arrange", arrange), ("code_linear", main)]
+    if isinstance(plan, CodeBatchPlan):
+        arrange, main = code_batch_defines(plan, layout, uniform, scale, x)
+        return [("prefill_arrange", arrange), ("code_batch", main)]
     if isinstance(plan, PrefillPlan):
         arrange, main = prefill_defines(plan, layout, uniform, scale, x)
         return [("prefill_arrange", arrange), ("code_prefill", main)]
@@ -648,6 +724,8 @@ def load(
             _field_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, CodePlan):
             _code_functions(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, CodeBatchPlan):
+            _code_batch_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, PrefillPlan):
             _prefill_functions(plan, layout, uniform, scale, x, gpu)
     if may_be_dense(layout, uniform, scale.itemsize, gpu):

@@ -22,6 +22,11 @@ import torch
 from torch import Tensor
 
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_fits, batch_plans
+from lutra.kernels.cuda.code_batch_plans import (
+    CodeBatchPlan,
+    code_batch_fits,
+    code_batch_plans,
+)
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import Layout
 from lutra.kernels.cuda.nvrtc import cache_folder, write_whole
@@ -62,7 +67,7 @@ FIELD_TOKENS = {True: 320, False: 128}
 PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
-    "batch_linear": BatchPlan,
+    "batch_linear": BatchPlan, "code_batch": CodeBatchPlan,
     "field_linear": FieldPlan, "code_linear": CodePlan, "code_prefill": PrefillPlan,
     "dense": DensePlan,
 }
@@ -148,6 +153,8 @@ def _fits(
     """Whether a plan read from a file can run, whichever version made it."""
     if isinstance(plan, FewPlan):
         return plan in few_plans(layout, scale_bytes, tokens, device)
+    if isinstance(plan, CodeBatchPlan):
+        return code_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, BatchPlan):
         return batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, FieldPlan):
@@ -184,6 +191,7 @@ def candidates(
     plans: list[Plan] = list(few_plans(layout, scale_bytes, tokens, device))
     if tokens > 4:
         plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
+        plans += code_batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_plans(layout, uniform, scale_bytes, tokens, device)[:8]
     plans += prefill_plans(layout, uniform, scale_bytes, tokens, device)
     if tokens > 1 and not any(isinstance(plan, CodePlan) for plan in plans):
