@@ -4,8 +4,8 @@
 - `byte_linear.cu`, 3 to 16 tokens: 8-bit tensor cores on masked words.
 - `exact_linear.cu`, a handful of rows: fp32, nothing rounded.
 - `batch_linear.cu`, 5 to 64 tokens, Hopper: fp16 tensor cores, every warp for itself.
-- `code_batch.cu`, 8 to 64 tokens with uniform levels, Hopper: wgmma on codes in registers, the next of
-  which are cut meanwhile.
+- `code_batch.cu`, 8 to 64 tokens with uniform levels, Hopper: the same by warpgroups, which cut
+  the next codes meanwhile.
 - `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.
 - `code_linear.cu`, from 8 tokens to any number, Hopper: fp16 tensor cores on exact integers.
 - `code_prefill.cu`, a hundred tokens and more, Hopper: the same in blocks of more tokens, whose
