@@ -238,7 +238,7 @@ def test_argument_structs_mirror_the_sources() -> None:
 
 
 def test_tiles_left_over_are_shared() -> None:
-    """Clusters of `code_prefill.cu` have equal rounds of whole tiles and all units of the others."""
+    """Clusters of `code_prefill.cu` take equal rounds of tiles and share all that are left."""
     card = TYPICAL_CARDS["sm_90a"]
     splits = set()
     for shape, tokens, half in itertools.product(

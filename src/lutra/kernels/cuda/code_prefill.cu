@@ -40,7 +40,11 @@ constexpr int GROUP_SCALE_BYTES = 16 * SLOTS * SCALE_SIZE;   // of 16 rows
 constexpr int TILES = ROWS / 16;                      // of 16 rows
 constexpr int PLANES = TILES * SLICE_BYTES;           // bytes of one slice in the ring
 constexpr int SCALES = TILES * GROUP_SCALE_BYTES, STEPS = UNIFORM ? 0 : TILES * 32;
-constexpr int STAGE_BYTES = X_BYTES + PLANES + SCALES + STEPS;
+// Whether warps of their own make the tables of free levels, once for the four lanes that need each; where the
+// ring has room for them. A table has two rows' levels, as Levels has them, and their steps.
+constexpr bool TABLES = !UNIFORM && (BITS < 4 || TOKENS == 128);
+constexpr int FETCHED = X_BYTES + PLANES + SCALES + STEPS, TABLE_BYTES = 48;
+constexpr int STAGE_BYTES = FETCHED + (TABLES ? ROWS / 2 * TABLE_BYTES : 0);
 constexpr int SUMS = TOKENS / 2;                      // of a lane
 constexpr int STORE_STAGES = GROUPS == 3 ? 2 : 1;     // stages of the ring that take results
 static_assert(STAGE_BYTES >= TOKENS * 256 + 1023, "the results of two warpgroups");
@@ -50,6 +54,12 @@ DEVICE u32 load_word(u32 shared) {
   u32 v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
   return v;
+}
+DEVICE void load_words(u32 shared, u32& a, u32& b, u32& c, u32& d) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(shared));
+}
+DEVICE void store_words(u32 shared, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(shared), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 DEVICE u32 load_global(const u32* p) {
   u32 v;
@@ -150,14 +160,15 @@ struct Words {
   Levels levels;
 #endif
 
-  // From addresses in shared memory: planes and scales of a tile, and its integers of steps.cu. Returns the
-  // steps of rows g and g + 8. A step of 0 would leave no unit for the sums: it is 2^-60.
-  DEVICE float2 load(u32 planes, u32 scales, u32 steps, int lane) {
+  DEVICE void load_planes(u32 planes, int lane) {
 #pragma unroll
     for (int q = 0; q < BITS; q++)
       asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                    : "=r"(low[q]), "=r"(high[q]) : "r"(planes + q * 256 + lane * 8));
-    scales += (lane >> 2) * (4 * SLOTS);
+  }
+  // From addresses in shared memory: scales of rows g and g + 8, and their integers of steps.cu. Returns the
+  // steps of both. A step of 0 would leave no unit for the sums: it is 2^-60.
+  DEVICE float2 make(u32 scales, u32 steps) {
     auto alpha_pair = [&](int q) {
       const u32 pair = load_word(scales + 4 * q);
       return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16)));
@@ -168,7 +179,7 @@ struct Words {
     unit.x = fabsf(alpha.x) < LEAST ? LEAST : alpha.x * (4.f / (1 << BITS));
     unit.y = fabsf(alpha.y) < LEAST ? LEAST : alpha.y * (4.f / (1 << BITS));
 #else
-    const u32 step = load_word(steps + (lane >> 2) * 4);
+    const u32 step = load_word(steps);
     float2 alpha[BITS], largest = make_float2(0.f, 0.f);
 #pragma unroll
     for (int q = 0; q < BITS; q++) {
@@ -189,6 +200,21 @@ struct Words {
 #endif
     return unit;
   }
+#if !UNIFORM
+  // To and from a table.
+  DEVICE void give(u32 table, float2 unit) const {
+    store_words(table, levels.low[0][0], levels.low[0][1], levels.low[1][0], levels.low[1][1]);
+    if (BITS > 2) store_words(table + 16, levels.high[0][0], levels.high[0][1], levels.high[1][0], levels.high[1][1]);
+    store_words(table + 32, __float_as_uint(unit.x), __float_as_uint(unit.y), 0, 0);
+  }
+  DEVICE float2 take(u32 table) {
+    load_words(table, levels.low[0][0], levels.low[0][1], levels.low[1][0], levels.low[1][1]);
+    if (BITS > 2) load_words(table + 16, levels.high[0][0], levels.high[0][1], levels.high[1][0], levels.high[1][1]);
+    float2 unit;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(unit.x), "=f"(unit.y) : "r"(table + 32));
+    return unit;
+  }
+#endif
 
   DEVICE void cut(u32 (&a)[8][4]) const {
 #if UNIFORM
@@ -325,6 +351,31 @@ DEVICE void copy_results(const Arguments& p, int row, int token, u32 staged) {
   }
 }
 
+// Two warps make the tables of every slice ahead of the warps that multiply, and pass on every other stage.
+DEVICE void make_tables(const Arguments& p, const Work& work, int units, u32 ring, u32 full, u32 tabled) {
+#if !UNIFORM
+  const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
+  Position at;
+  for (int number = 0; number < work.count; number++) {
+    const Item item(work, p, units, first, step, number);
+    const int stages = item.end - item.begin + (item.begin == 0 ? STORE_STAGES : 0);
+    for (int n = 0; n < stages; n++, at.next()) {
+      barrier_wait(full + 8 * at.stage, at.parity);
+      if (item.begin + n < p.items * 2) {
+        const u32 stage = ring + at.stage * STAGE_BYTES, scales = stage + X_BYTES + PLANES, steps = scales + SCALES;
+        for (int pair = threadIdx.x & 63; pair < ROWS / 2; pair += 64) {   // of rows
+          Words words;
+          const float2 unit = words.make(scales + pair * (4 * SLOTS), steps + pair * 4);
+          words.give(stage + FETCHED + pair * TABLE_BYTES, unit);
+        }
+      }
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) barrier_arrive(tabled + 8 * at.stage);
+    }
+  }
+#endif
+}
+
 // A warp copies results while the others go on to the next tile, and then frees their stages.
 DEVICE void store_results(const Arguments& p, const Work& work, int units, u32 ring, u32 empty, u32 results) {
   const int lane = threadIdx.x & 31, first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
@@ -387,9 +438,10 @@ DEVICE void take_sums(const Arguments& p, float (&sum)[SUMS], int warp) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 code_prefill(const __grid_constant__ Arguments p) {
   extern __shared__ __align__(128) char shared[];   // the ring, which takes results, too
-  __shared__ __align__(8) u64 barriers[3 * STAGES + GROUPS];
+  __shared__ __align__(8) u64 barriers[4 * STAGES + GROUPS];
   const u32 ring = shared_address(shared), full = shared_address(barriers), empty = full + 8 * STAGES;
   const u32 results = empty + 8 * STAGES, turns = results + 8 * STAGES;
+  const u32 tabled = turns + 8 * GROUPS, ready = TABLES ? tabled : full;
   const int slices = p.items * 2, parts = (slices + PART_SLICES - 1) / PART_SLICES;
   const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
   const int units = slices + parts;
@@ -400,6 +452,7 @@ code_prefill(const __grid_constant__ Arguments p) {
       barrier_init(full + 8 * s, 1);
       barrier_init(empty + 8 * s, GROUPS * 4 * CLUSTER);
       barrier_init(results + 8 * s, GROUPS * 4);
+      barrier_init(tabled + 8 * s, 2);   // warps
     }
     for (int g = 0; g < GROUPS; g++) barrier_init(turns + 8 * g, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -426,7 +479,7 @@ code_prefill(const __grid_constant__ Arguments p) {
           const char* from = n < slices ? x + slice * (long long)X_BYTES
                                         : x + slices * (long long)X_BYTES + (n - slices) * PART_BYTES;
           barrier_wait(empty + 8 * at.stage, at.parity);
-          barrier_expect(barrier, n < slices ? STAGE_BYTES : PART_BYTES);
+          barrier_expect(barrier, n < slices ? FETCHED : PART_BYTES);
           if (n < slices) {
             const int group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
             copy_box(planes, p.planes, slice * (SLICE_BYTES / 4), tile.row * TILES, barrier);
@@ -448,6 +501,7 @@ code_prefill(const __grid_constant__ Arguments p) {
           }
       }
     }
+    if (TABLES && threadIdx.x >= 64) make_tables(p, work, units, ring, full, tabled);
     if (threadIdx.x >> 5 == 1) store_results(p, work, units, ring, empty, results);
     __syncwarp();
   } else {
@@ -459,9 +513,14 @@ code_prefill(const __grid_constant__ Arguments p) {
     float sum[SUMS];
     u32 a[8][4];
     auto load = [&](Words& words) {
-      barrier_wait(full + 8 * at.stage, at.parity);
-      const u32 planes = ring + at.stage * STAGE_BYTES + X_BYTES, scales = planes + PLANES, steps = scales + SCALES;
-      return words.load(planes + of * SLICE_BYTES, scales + of * GROUP_SCALE_BYTES, steps + of * 32, lane);
+      barrier_wait(ready + 8 * at.stage, at.parity);
+      const u32 stage = ring + at.stage * STAGE_BYTES, scales = stage + X_BYTES + PLANES;
+      words.load_planes(stage + X_BYTES + of * SLICE_BYTES, lane);
+#if !UNIFORM
+      if (TABLES) return words.take(stage + FETCHED + (of * 8 + (lane >> 2)) * TABLE_BYTES);
+#endif
+      return words.make(scales + of * GROUP_SCALE_BYTES + (lane >> 2) * (4 * SLOTS),
+                        scales + SCALES + of * 32 + (lane >> 2) * 4);
     };
     auto release = [&](int stage) {
       if (lane < CLUSTER) barrier_arrive_at(empty + 8 * stage, lane);
@@ -500,7 +559,7 @@ code_prefill(const __grid_constant__ Arguments p) {
         u32 terms[4][4];
 #pragma unroll
         for (int j = 0; j < 4; j++) sum_terms(terms[j], p, scales, n * PART_SLICES + j * (16 / TERMS) + (lane & 3));
-        barrier_wait(full + 8 * at.stage, at.parity);
+        barrier_wait(ready + 8 * at.stage, at.parity);
         multiply(sum, terms, ring + at.stage * STAGE_BYTES, turns, group, turn);
         products_wait<0>();
         release(at.stage);
@@ -518,7 +577,7 @@ code_prefill(const __grid_constant__ Arguments p) {
 #pragma unroll
       for (int s = 0; s < STORE_STAGES; s++, at.next()) {
         if (s != group / 2) continue;   // for other warpgroups
-        barrier_wait(full + 8 * at.stage, at.parity);
+        barrier_wait(ready + 8 * at.stage, at.parity);
         stage_results(p, sum, tile.row * ROWS + group * 64, tile.token * TOKENS, results_at(ring, at.stage, group));
         __syncwarp();
         if (lane < STORE_STAGES) barrier_arrive(results + 8 * stage_after(at.stage, lane - s));

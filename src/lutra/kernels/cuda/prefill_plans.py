@@ -87,9 +87,11 @@ def prefill_fits(
 
 
 def _stage_bytes(layout: Layout, uniform: bool, tokens: int, groups: int) -> int:
-    """A slice in shared memory: x, planes, scales, integers of steps."""
-    steps = 0 if uniform or layout.bits == 1 else 32
-    return tokens * 256 + groups * 4 * (layout.bits * 256 + layout.slots * 32 + steps)
+    """A slice in shared memory: x, planes, scales, integers of steps, tables of levels."""
+    levels = not uniform and layout.bits > 1
+    tables = levels and (layout.bits < 4 or tokens == 128)
+    each = layout.bits * 256 + layout.slots * 32 + (32 if levels else 0) + (384 if tables else 0)
+    return tokens * 256 + groups * 4 * each
 
 
 def most_stages(layout: Layout, uniform: bool, tokens: int, groups: int, device: Card) -> int:
