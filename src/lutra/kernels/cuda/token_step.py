@@ -179,8 +179,8 @@ def norm_plan(rows: int, features: int, clusters: bool) -> tuple[int, int, int]:
         clusters: whether blocks can meet in clusters.
     """
     vectors = features // 8
-    # A block by itself finds room sooner beside the product ahead than a cluster: in a model of 4096
-    # features that is worth 3.5 % of a token, though by themselves both take as long.
+    # A block by itself finds room beside the product ahead of it sooner than a cluster: in a model
+    # of 4096 features that is worth 3.5 % of a token, though by themselves both take as long.
     if clusters and rows <= 64 and vectors > 512:
         for cluster in (8, 4, 2):
             threads = vectors // cluster
