@@ -3,13 +3,17 @@
 // integer in a half times its group's step, the sums stay in the accumulators in units of the current
 // group's step, and the offsets times the sums of x over each slice are a product of their own at the end.
 //
-// A block takes GROUPS x 64 rows and TOKENS tokens at a time and goes from tile to tile until none is left. Its
-// first warpgroup fetches; the others take 64 rows each and queue their products in turns. While the tensor core
-// multiplies for one of them, the others rescale their sums, cut their next integers from the plane words, or
-// store their results. Without turns they would all do that, then all multiply. The blocks of a cluster take
-// different rows of the same tokens; each fetches a share of x for all of them.
+// A block takes GROUPS x 64 rows and TOKENS tokens at a time and goes from tile to tile until none is left. In
+// its first warpgroup, a thread fetches, two warps make the tables of free levels and one copies results; the
+// others take 64 rows each and queue their products in turns. While the tensor core multiplies for one of them, the
+// others rescale their sums, cut their next integers from the plane words, or put their results in a stage of the
+// ring. Without turns they would all do that, then all multiply. The blocks of a cluster take different rows of the
+// same tokens; each fetches a share of x for all of them. Tiles that are left when all clusters have had as many
+// are split: each cluster takes a share of their inputs, and the one that has the first inputs of a tile adds up
+// the sums of all, in order.
 //
 // -D: TOKENS 128|256, GROUPS 2|3, STAGES, CLUSTER 1|2. Grid: as many blocks as the card has processors, or fewer.
+// A cluster may wait for sums of those behind it, which give theirs before they wait for any themselves.
 
 #include "prefill.cuh"
 
