@@ -19,10 +19,11 @@ from compiled import arch_number, broken_copies, complaint
 
 from lutra.errors import KernelError
 from lutra.kernels.cuda import float32, nvrtc
+from lutra.kernels.cuda.code_batch_plans import code_batch_plans
 from lutra.kernels.cuda.launch import TYPICAL_CARDS as CARDS
 from lutra.kernels.cuda.layout import layout_of
 from lutra.kernels.cuda.plans import has_steps
-from lutra.kernels.cuda.products import format_defines, plan_instances
+from lutra.kernels.cuda.products import code_batch_defines, format_defines, plan_instances
 from lutra.kernels.cuda.tuning import candidates
 
 try:
@@ -108,6 +109,22 @@ def test_every_kernel_file_is_compiled_by_some_test() -> None:
     # Kernels of flattened layers are listed by their plans.
     left = {name for name in files - found if name not in others and not name.startswith("flat_")}
     assert not left
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_code_batch_starts_with_the_registers_that_it_shares_out(groups: int) -> None:
+    """With fewer of them its warpgroups would wait for each other's without end."""
+    layout = layout_of(4096, 4096, 3, 128, True)
+    plan = next(
+        plan for plan in code_batch_plans(layout, True, 2, 16, CARDS["sm_90a"])
+        if plan.groups == groups
+    )
+    defines = code_batch_defines(plan, layout, True, torch.float16, torch.float16)[1]
+    options = ["--gpu-architecture=sm_90a", *nvrtc.COMMON_OPTIONS, "--ptxas-options=-v"]
+    options += [f"-D{key}={value}" for key, value in defines.items()]
+    _, log = nvrtc.compile_uncached(nvrtc.source("code_batch"), options, "code_batch.cu")
+    registers = 65536 // ((groups + 1) * 128) // 8 * 8
+    assert f"Used {registers} registers" in log, log
 
 
 def test_a_copy_that_the_compiler_breaks_is_found() -> None:

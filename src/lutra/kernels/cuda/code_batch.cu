@@ -34,7 +34,7 @@ struct Arguments {
 constexpr int ROW_GROUPS = GROUPS / K_GROUPS, ROWS = ROW_GROUPS * TALL * 64;
 constexpr int THREADS = GROUPS * 128 + 128;
 constexpr int FETCH_REGISTERS = 24;
-constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;   // of a thread, as launched
+constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;   // of a thread, as launched: what the compiler takes
 constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (GROUPS + 1) - FETCH_REGISTERS) / GROUPS / 8 * 8;
 constexpr bool FRESH = TOKENS <= (TALL == 2 ? 32 : 16);   // products are added to the sums; needs registers
 constexpr int GROUP_SCALE_BYTES = 16 * SLOTS * 2;     // of 16 rows
@@ -49,7 +49,7 @@ constexpr float SUMS_UNIT = 1.f / 65536.f;            // of the product with the
 constexpr int AT_ONCE = TALL == 1 ? 4 : 2;            // parts of sums whose terms are in registers
 constexpr float LEAST = 8.6736174e-19f;               // unit of a group whose scale is 0
 
-// d = A x, as those.
+// d = A x, as multiply_add of hopper.cuh.
 template <int N> DEVICE void multiply(float (&d)[N / 2], const u32 (&a)[4], u32 x);
 template <> DEVICE void multiply<8>(float (&d)[4], const u32 (&a)[4], u32 x) {
   asm volatile("{ .reg .b64 x; mov.b64 x, {%8, %9};\n"
