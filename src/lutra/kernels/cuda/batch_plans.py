@@ -31,7 +31,8 @@ class BatchPlan:
         cluster: blocks that split the inputs.
         clusters: of the launch, each with rows of its own.
         panels: parts of a block's inputs, of which one at a time is in shared memory.
-        signs: 1 if free levels are one product for each plane, 0 if the planes meet in one.
+        signs: 0 if the planes of free levels meet in one product; else each has a sparse one, with
+            accumulators of tiles (1) or of planes (2).
     """
 
     kernel: str
@@ -69,9 +70,11 @@ def batch_sizes(plan: BatchPlan, layout: Layout, uniform: bool) -> BatchSizes:
     The sums take the place of x if no further pass needs it.
     """
     slices = layout.items * 2
-    steps = 0 if uniform or plan.signs or layout.bits == 1 else 32
-    stage = plan.tiles * (layout.bits * 256 + layout.slots * 32 + steps)
-    ring = plan.warps * plan.stages * stage
+    if uniform or plan.signs or layout.bits == 1:
+        stage, records = layout.bits * 256 + layout.slots * 32, 0
+    else:
+        stage, records = layout.bits * 256, record_bytes(layout)
+    ring = plan.warps * plan.tiles * (plan.stages * stage + records)
     x_slices = max(
         slices * (r + 1) // plan.cluster - slices * r // plan.cluster for r in range(plan.cluster)
     )
@@ -85,6 +88,11 @@ def batch_sizes(plan: BatchPlan, layout: Layout, uniform: bool) -> BatchSizes:
     return BatchSizes(x_slices, passes, ring + x, ring + x + sums)
 
 
+def record_bytes(layout: Layout) -> int:
+    """Shared memory of a tile's records of levels, four slices (`records.cuh`)."""
+    return 32 * (32 if layout.bits == 2 else 48)
+
+
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -94,11 +102,24 @@ def _clusters(cluster: int, device: Card) -> int:
     return max(1, int(device.processors * CLUSTERS[cluster]) // cluster)
 
 
-def _most_warps(kind: str, sums: int, tiles: int, panels: int) -> int:
-    """Warps of a block whose registers suffice; ``sums`` are tokens times tiles of a warp."""
-    if kind != "codes":
-        fits = panels == 1 and sums <= (32 if kind == "signs" else 64)
-        return 0 if not fits else 16 if sums <= 16 else 12 if sums <= 32 else 8
+def _most_warps(kind: str, width: int, tiles: int, bits: int, panels: int, signs: int) -> int:
+    """Warps of a block whose registers suffice."""
+    sums = width * tiles  # of a warp
+    if kind == "signs":
+        one = panels == 1
+        if sums > 32 or (tiles == 4 and bits == 4 and signs == 2 and not one):
+            return 0
+        if tiles == 4:
+            return 12 if signs == 1 and (bits == 2 or (bits == 3 and one)) else 8
+        if sums == 32:
+            return 12 if bits == 2 or (one and (bits == 3 or signs == 1)) else 8
+        if tiles == 2 and bits == 4:
+            return 12 if one or signs == 1 else 8
+        if tiles == 2 and bits == 3 and signs == 1:
+            return 12
+        return 16 if one and (bits < 4 or sums == 8) else 12
+    if kind == "levels":
+        return 16 if sums <= 16 else 0 if sums > 64 else 8 if sums == 64 and tiles > 1 else 12
     most = 16 if sums <= 32 else 14 if sums <= 64 else 8
     return 0 if sums > 128 else min(most, 12) if tiles == 4 or panels > 1 else most
 
@@ -119,21 +140,28 @@ def _plans(
 ) -> tuple[BatchPlan, ...]:
     slices = layout.items * 2
     scored: list[tuple[float, BatchPlan]] = []
-    kinds = ("codes",) if uniform or layout.bits == 1 else ("levels", "signs")
-    for kind, tiles, warps, k_warps, cluster, panels in itertools.product(
+    kinds = (("codes", 0),) if uniform or layout.bits == 1 else (
+        ("levels", 0), ("signs", 1), ("signs", 2)
+    )
+    for (kind, signs), tiles, warps, k_warps, cluster, panels in itertools.product(
         kinds, (1, 2, 4), (4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16), (1, 2, 3, 4, 5, 8, 12),
         CLUSTERS, (1, 2, 4),
     ):
         if kind == "signs" and width > 16:  # too many products
             continue
-        if warps % k_warps or warps > _most_warps(kind, width * tiles, tiles, panels):
+        if warps % k_warps or warps > _most_warps(
+            kind, width, tiles, layout.bits, panels, signs
+        ):
             continue
         units = _ceil(layout.tiles, tiles)
         passes = _ceil(units, warps // k_warps * _clusters(cluster, device))
         clusters = _ceil(units, warps // k_warps * passes)
         # Clocks of a processor: of a tile's slice, and of a slice of a warp that is alone.
-        factor = {"codes": 1.0, "levels": 2.4, "signs": 0.4 + 0.4 * layout.bits}[kind]
-        work = SLICE_CLOCKS[width] * factor
+        work = {
+            "codes": SLICE_CLOCKS[width],
+            "signs": 8 + 2.2 * layout.bits * width,
+            "levels": 30 + 13 * layout.bits + 1.6 * width,
+        }[kind]
         alone = (450 + 10 * width) * tiles
         of_block = _ceil(slices, cluster)
         each = _ceil(of_block, k_warps) * max(warps * tiles * work, alone)
@@ -142,7 +170,7 @@ def _plans(
         for stages in range(6, 2, -1):
             plan = BatchPlan(
                 "batch_linear", width, tiles, warps, k_warps, stages, cluster, clusters, panels,
-                int(kind == "signs"),
+                signs,
             )
             if batch_fits(plan, layout, uniform, scale_bytes, width, device):
                 scored.append((score * (1.0 if stages > 3 else 1.05), plan))
@@ -169,10 +197,10 @@ def batch_fits(
         and plan.cluster <= layout.items * 2
         and 1 <= plan.panels <= 8
         and plan.clusters > 0
-        and plan.signs in (0, 1)
+        and plan.signs in (0, 1, 2)
         and not (plan.signs and uniform)
         and (
-            plan.signs == 1 or uniform or layout.bits < 4
+            plan.signs > 0 or uniform or layout.bits < 4
             or layout.rows * layout.groups >= STEP_GROUPS
         )
         and batch_sizes(plan, layout, uniform).shared_bytes
