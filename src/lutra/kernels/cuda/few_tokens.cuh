@@ -27,7 +27,7 @@ constexpr int THREADS = WARPS * 32;
 constexpr float MAGIC = 12582912.f;             // 1.5 * 2^23: the float bits of MAGIC + i end in i
 constexpr int MAGIC_BITS = 0x4B400000;
 constexpr int STAGE_BYTES = PLANE_BYTES + SCALE_BYTES;
-constexpr int ROUNDS = TOKENS >= 4 ? 2 : 4;     // tiles of a warp between two meetings of the warps
+constexpr int ROUNDS = TOKENS > 4 ? 2 : 4;      // tiles of a warp between two meetings of the warps
 
 DEVICE int multiply_add(int a, int b, int c) {   // the compiler would turn these into shifts and sums
   int d;

@@ -185,7 +185,7 @@ class _FewSizes:
         return cls(kernel, compiled, item, layout.bits * 512 + scales, compiled * TILE_ROWS * 4)
 
     def fixed(self, warps: int, stages: int) -> int:
-        rounds = 2 if self.compiled >= 4 else 4  # tiles between two meetings of the warps
+        rounds = 2 if self.compiled > 4 else 4  # tiles between two meetings of the warps
         return warps * (stages * self.stage + rounds * self.tile)
 
 
