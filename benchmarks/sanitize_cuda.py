@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,7 +345,7 @@ def check(
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     more = ["--racecheck-report", "all"] if tool == "racecheck" else []
     # Only our kernels: racecheck takes barriers of cuBLAS for none, and dies where kernels that it
-    # does not look at run between those that it does, so products do without cuBLAS there.
+    # does not look at run among those that it does (also of ours), so products do without cuBLAS.
     # cuda-bindings asks the driver for functions that it does not have, which is no error.
     names = kernels.split(",") if kernels else sorted(
         path.stem for path in Path(nvrtc.__file__).parent.glob("*.cu")
@@ -398,8 +398,9 @@ def main() -> None:
         return check(*pair, options.seconds, options.kernels, library + overlap)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(one, pairs)
-        for (part, tool), (clean, text) in zip(pairs, found, strict=True):
+        running = {pool.submit(one, pair): pair for pair in pairs}
+        for done in as_completed(running):
+            (part, tool), (clean, text) = running[done], done.result()
             print(f"{tool:10} {part:28} {'clean' if clean else 'NOT CLEAN'}  {text}", flush=True)
             bad += not clean
     print(f"{len(pairs) - bad} of {len(pairs)} clean")
