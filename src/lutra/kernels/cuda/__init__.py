@@ -19,7 +19,7 @@ chooses by measured tables or by rule and says why, `products.py` launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -106,19 +106,6 @@ class CudaKernel(Kernel):
             needed += plan_instances(plan, layout, spec.uniform, scale, spec.dtype)
         return list({(n, *sorted(d.items())): (n, d) for n, d in needed}.values())
 
-    def warm_up(
-        self, spec: LinearSpec, tokens: Sequence[int], scale: torch.dtype = torch.float16
-    ) -> None:
-        """Compile and load what products of these numbers of tokens need, and their workspaces.
-
-        Before a CUDA graph is captured, for every number of tokens in it.
-        """
-        from lutra.kernels.cuda import products
-        from lutra.kernels.cuda.layout import layout_for
-
-        layout = layout_for(spec)
-        products.load(layout, spec.uniform, scale, spec.dtype, spec.device, tuple(tokens))
-
     def restore(self, prepared: list[Tensor], spec: LinearSpec) -> BitPlanes:
         from lutra.kernels.cuda.layout import from_kernel_order, layout_for
 
@@ -167,14 +154,6 @@ class CudaFloat32Kernel(CudaKernel):
         layout = layout_for(spec)
         widths = [("float_linear", n) for n in (1, 4, 8)] + [("float_expand", 0)]
         return [(name, defines(layout, spec.uniform, scale, n)) for name, n in widths]
-
-    def warm_up(
-        self, spec: LinearSpec, tokens: Sequence[int], scale: torch.dtype = torch.float16
-    ) -> None:
-        from lutra.kernels.cuda import float32
-        from lutra.kernels.cuda.layout import layout_for
-
-        float32.load(layout_for(spec), spec.uniform, scale, _card(spec).index)
 
     def linear(
         self, x: Tensor, prepared: list[Tensor], bias: Tensor | None, spec: LinearSpec
