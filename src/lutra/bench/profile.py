@@ -26,7 +26,8 @@ _PARTS = (
     ("activation", r"token_activation|silu|relu"),
     (
         "linear",
-        r"_linear|arrange|code_prefill|^flat_|dequantize|gemm|gemv|nvjet|cutlass|splitK|cublas|xmma",
+        r"_linear|arrange|^code_|^choice_|^flat_|^float_|dequantize|gemm|gemv|nvjet|cutlass|splitK"
+        r"|cublas|xmma",
     ),
     ("choice of the token", r"ArgMax|argmax|reduce_kernel"),
 )
