@@ -103,7 +103,8 @@ def test_parts_of_overlapping_kernels_add_up_to_the_token():
 @pytest.mark.parametrize(
     ("kernel", "part"),
     [
-        ("field_linear", "linear"), ("void cublasLt::splitKreduce_kernel<32>", "linear"),
+        ("field_linear", "linear"), ("code_batch", "linear"), ("prefill_arrange", "linear"),
+        ("flat_few", "linear"), ("void cublasLt::splitKreduce_kernel<32>", "linear"),
         ("token_attention", "attention"), ("ncclDevKernel_AllReduce_Sum_f16", "communication"),
         ("void at::native::(anonymous namespace)::indexSelectSmallIndex", "other"),
     ],

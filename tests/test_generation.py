@@ -165,7 +165,10 @@ def test_a_prompt_is_filled_up_within_the_cache_and_the_positions(tmp_path):
 
 
 @BOTH
-def test_drawn_tokens_and_processors(device, tmp_path):
+def test_drawn_tokens_and_processors(device, tmp_path, monkeypatch):
+    # A prompt that is filled up may run other kernels, which round otherwise, and what is drawn
+    # shows the last bit: here both models read it as it is.
+    monkeypatch.setattr("lutra.runtime.step.MOST_PADDED_ROWS", 0)
     plain, model = _models(tmp_path, "llama", device)
     ids = _prompt(2, 7, device)
     for options in (
