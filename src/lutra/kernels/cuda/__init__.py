@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import lutra.kernels.cuda.float32_ops
-import lutra.kernels.cuda.ops  # noqa: F401  (both register an op)
+import lutra.kernels.cuda.ops  # noqa: F401  (registers ops)
 from lutra.errors import KernelError
 from lutra.formats.bitplanes import BitPlanes
 from lutra.kernels.dispatch import Kernel, LinearSpec

@@ -15,6 +15,22 @@ DEVICE u16 float_to_half(float f) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h
 DEVICE float bf16_to_float(u16 h) { return __uint_as_float((u32)h << 16); }
 DEVICE u16 float_to_bf16(float f) { u16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f)); return h; }
 
+DEVICE float divide(float a, float b) {   // within 2 units in the last place; b is no subnormal
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  return a * r;
+}
+
+DEVICE u32 load_word(u32 shared) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
+  return v;
+}
+// Brings a value to the first cache.
+DEVICE void touch(const float* p) {
+  asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
+}
+
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");

@@ -83,34 +83,14 @@ template <int N> DEVICE void multiply_step(float (&d)[N / 2], const u32 (&a)[4],
   multiply_add<N>(d, a, x);
 }
 
-DEVICE u32 load_word(u32 shared) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
-  return v;
-}
-DEVICE float divide(float a, float b) {   // within 2 units in the last place; b is no subnormal
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-  return a * r;
-}
 // A copy that arrives at the same place in both blocks of a cluster.
 DEVICE void copy_to_both(u32 shared, const void* global, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1], %2, [%3], %4;"
                :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"((u16)3) : "memory");
 }
-DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {   // of a block of the cluster
-  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
-}
 
 DEVICE void group_barrier() { asm volatile("bar.sync 1, %0;" :: "n"(GROUPS * 128) : "memory"); }
-template <int REGISTERS> DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-template <int REGISTERS> DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
 
 // What the sums of x are multiplied with: see prefill.cuh. Alphas and offsets of rows g and g + 8 and of the
 // slices that a lane has in a part of the sums.

@@ -49,16 +49,6 @@ constexpr int SUMS = TOKENS / 2;                      // of a lane
 constexpr int PITCH = ROWS + 4;                       // of the block's sums in shared memory
 constexpr float SUMS_UNIT = UNIFORM ? 1.f / 65536.f : 256.f;   // of the product with the sums of x
 
-DEVICE u32 load_word(u32 shared) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
-  return v;
-}
-DEVICE float divide(float a, float b) {   // within 2 units in the last place; b is no subnormal
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-  return a * r;
-}
 
 DEVICE void rescale(float (&sum)[SUMS], float2 ratio) {   // of rows g and g + 8
 #pragma unroll

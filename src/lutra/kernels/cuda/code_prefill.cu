@@ -54,11 +54,6 @@ constexpr int STORE_STAGES = GROUPS == 3 ? 2 : 1;     // stages of the ring that
 static_assert(STAGE_BYTES >= TOKENS * 256 + 1023, "the results of two warpgroups");
 constexpr float SUMS_UNIT = UNIFORM ? 1.f / 65536.f : 256.f;   // of the product with the sums of x
 
-DEVICE u32 load_word(u32 shared) {
-  u32 v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
-  return v;
-}
 DEVICE void load_words(u32 shared, u32& a, u32& b, u32& c, u32& d) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(shared));
 }
@@ -70,30 +65,15 @@ DEVICE u32 load_global(const u32* p) {
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-DEVICE void touch(const float* p) {
-  asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
-}
-DEVICE float divide(float a, float b) {   // within 2 units in the last place; b is no subnormal
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-  return a * r;
-}
 // A copy that arrives at the same place in all blocks of a cluster of two.
 DEVICE void copy_to_all(u32 shared, const void* global, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1], %2, [%3], %4;"
                :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 }
-DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {   // of a block of the cluster
-  if (CLUSTER == 1) return barrier_arrive(barrier);
-  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
-               "mbarrier.arrive.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
-}
-template <int REGISTERS> DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
-}
-template <int REGISTERS> DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+DEVICE void arrive_in_block(u32 barrier, u32 rank) {   // of the cluster, if there is one
+  if (CLUSTER == 1) barrier_arrive(barrier);
+  else barrier_arrive_at(barrier, rank);
 }
 // Four 8x8 tiles of 16-bit values, each stored transposed; lane 8 i + j gives the address of row j of tile i.
 DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
@@ -406,7 +386,7 @@ DEVICE void store_results(const Arguments& p, const Work& work, int units, u32 r
     __syncwarp();
     for (int s = 0; s < STORE_STAGES; s++) {
       if (lane >= GROUPS * 4) continue;
-      for (int rank = 0; rank < CLUSTER; rank++) barrier_arrive_at(empty + 8 * stage_after(stage, s), rank);
+      for (int rank = 0; rank < CLUSTER; rank++) arrive_in_block(empty + 8 * stage_after(stage, s), rank);
     }
     stage = stage_after(stage, STORE_STAGES);
   }
@@ -527,7 +507,7 @@ code_prefill(const __grid_constant__ Arguments p) {
                         scales + SCALES + of * 32 + (lane >> 2) * 4);
     };
     auto release = [&](int stage) {
-      if (lane < CLUSTER) barrier_arrive_at(empty + 8 * stage, lane);
+      if (lane < CLUSTER) arrive_in_block(empty + 8 * stage, lane);
     };
     if (group == GROUPS - 1) pass_turn(turns, group);
     wait_for_previous_kernel();

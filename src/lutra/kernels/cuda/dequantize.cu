@@ -3,6 +3,8 @@
 // One warp expands one slice (16 rows x 128 inputs). Each value is summed in fp32 and rounded once.
 // Grid: blocks of 256 threads, as many as cover (tile_end - tile_begin) * slices warps.
 
+#include "slice_levels.cuh"
+
 struct Arguments {
   const char* planes;      // see common.cuh
   const char* scales;
@@ -24,20 +26,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(const __grid_consta
   wait_for_previous_kernel();
   const int input = slice * 128 + t * 32;
   if (input >= p.in_features) return;
-  const long long stored = (long long)(p.tile_begin + tile) * slices + slice;
-  uint2 w[BITS];
-#pragma unroll
-  for (int q = 0; q < BITS; q++) w[q] = ((const uint2*)(p.planes + stored * SLICE_BYTES))[q * 32 + lane];
-  const int group = GROUP == 256 ? slice / 2 / p.items_per_group : input / GROUP;
-  const char* scales =
-      p.scales + ((long long)(p.tile_begin + tile) * p.groups + group) * (16 * SLOTS * SCALE_SIZE);
-  float2 alpha[BITS];
-  const float2 offset = scale_pair(scales, g * SLOTS + SLOTS - 1);
-#pragma unroll
-  for (int q = 0; q < BITS; q++) {
-    alpha[q] = scale_pair(scales, g * SLOTS + (UNIFORM ? 0 : q));
-    if (UNIFORM) { alpha[q].x *= 1.f / (1 << q); alpha[q].y *= 1.f / (1 << q); }
-  }
+  const SliceLevels levels(p.planes, p.scales, p.tile_begin + tile, slice, slices, p.groups, p.items_per_group, input);
   const bool whole = input + 32 <= p.in_features && (p.in_features & 7) == 0;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -47,12 +36,8 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(const __grid_consta
       float v[8];
 #pragma unroll
       for (int b = 0; b < 8; b++) {
-        v[b] = half ? offset.y : offset.x;
-#pragma unroll
-        for (int q = 0; q < BITS; q++) {
-          const u32 sign = ~((half ? w[q].y : w[q].x) << (31 - part * 8 - b)) & 0x80000000u;
-          v[b] += __uint_as_float(__float_as_uint(half ? alpha[q].y : alpha[q].x) ^ sign);
-        }
+        const float2 level = levels.pair(part * 8 + b);
+        v[b] = half ? level.y : level.x;
       }
       if (whole) {
         ((uint4*)out)[part] = make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));

@@ -58,9 +58,3 @@ DEVICE void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-template <int COUNT> DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
-}
-template <int COUNT> DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
-}

@@ -65,9 +65,6 @@ struct Position {   // in the ring of stages
   DEVICE void next() { if (++stage == STAGES) { stage = 0; parity ^= 1; } }
 };
 
-DEVICE void touch(const float* p) {
-  asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
-}
 struct Ring {
   u32 stages, full, empty;
   u32 mine;   // bytes from a stage to the weights of this warpgroup

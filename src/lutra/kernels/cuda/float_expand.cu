@@ -3,6 +3,8 @@
 // One warp expands one slice (16 rows x 128 inputs). Grid: blocks of 256 threads, as many as cover
 // (tile_end - tile_begin) * slices warps.
 
+#include "slice_levels.cuh"
+
 struct Arguments {
   const char* planes;      // see common.cuh
   const char* scales;
@@ -20,31 +22,12 @@ extern "C" __global__ void __launch_bounds__(256) float_expand(const __grid_cons
   wait_for_previous_kernel();
   const int input = slice * 128 + t * 32;
   if (input >= p.in_features) return;
-  const long long stored = (long long)(p.tile_begin + tile) * slices + slice;
-  uint2 w[BITS];
-#pragma unroll
-  for (int q = 0; q < BITS; q++) w[q] = ((const uint2*)(p.planes + stored * SLICE_BYTES))[q * 32 + lane];
-  const int group = GROUP == 256 ? slice / 2 / p.items_per_group : input / GROUP;
-  const char* scales =
-      p.scales + ((long long)(p.tile_begin + tile) * p.groups + group) * (16 * SLOTS * SCALE_SIZE);
-  float2 alpha[BITS];
-  const float2 offset = scale_pair(scales, g * SLOTS + SLOTS - 1);
-#pragma unroll
-  for (int q = 0; q < BITS; q++) {
-    alpha[q] = scale_pair(scales, g * SLOTS + (UNIFORM ? 0 : q));
-    if (UNIFORM) { alpha[q].x *= 1.f / (1 << q); alpha[q].y *= 1.f / (1 << q); }
-  }
+  const SliceLevels levels(p.planes, p.scales, p.tile_begin + tile, slice, slices, p.groups, p.items_per_group, input);
   float* rows = p.dense + (long long)(tile * 16 + g) * p.in_features + input;
   const int inside = min(32, p.in_features - input);
 #pragma unroll 4
   for (int b = 0; b < 32; b++) {
-    float2 level = offset;
-#pragma unroll
-    for (int q = 0; q < BITS; q++) {
-      const u32 x = ~(w[q].x << (31 - b)) & 0x80000000u, y = ~(w[q].y << (31 - b)) & 0x80000000u;
-      level.x += __uint_as_float(__float_as_uint(alpha[q].x) ^ x);
-      level.y += __uint_as_float(__float_as_uint(alpha[q].y) ^ y);
-    }
+    const float2 level = levels.pair(b);
     if (b < inside) {
       rows[b] = level.x;
       rows[8LL * p.in_features + b] = level.y;

@@ -6,6 +6,8 @@
 //
 // -D: TOKENS 1|4|8. Grid: tiles of 16 rows, tiles of TOKENS tokens; 256 threads.
 
+#include "slice_levels.cuh"
+
 struct Arguments {
   const char* planes;      // see common.cuh
   const char* scales;
@@ -43,28 +45,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) float_linear(const __gr
     __syncwarp();
     const int input = slice * 128 + t * 32;
     if (input >= p.in_features) continue;
-    const long long stored = (long long)tile * p.items * 2 + slice;
-    uint2 w[BITS];
-#pragma unroll
-    for (int q = 0; q < BITS; q++) w[q] = ((const uint2*)(p.planes + stored * SLICE_BYTES))[q * 32 + lane];
-    const int group = GROUP == 256 ? slice / 2 / p.items_per_group : input / GROUP;
-    const char* scales = p.scales + ((long long)tile * p.groups + group) * (16 * SLOTS * SCALE_SIZE);
-    float2 alpha[BITS];
-    const float2 offset = scale_pair(scales, g * SLOTS + SLOTS - 1);
-#pragma unroll
-    for (int q = 0; q < BITS; q++) {
-      alpha[q] = scale_pair(scales, g * SLOTS + (UNIFORM ? 0 : q));
-      if (UNIFORM) { alpha[q].x *= 1.f / (1 << q); alpha[q].y *= 1.f / (1 << q); }
-    }
+    const SliceLevels levels(p.planes, p.scales, tile, slice, p.items * 2, p.groups, p.items_per_group, input);
 #pragma unroll 4
     for (int b = 0; b < 32; b++) {
-      float2 level = offset;
-#pragma unroll
-      for (int q = 0; q < BITS; q++) {
-        const u32 x = ~(w[q].x << (31 - b)) & 0x80000000u, y = ~(w[q].y << (31 - b)) & 0x80000000u;
-        level.x += __uint_as_float(__float_as_uint(alpha[q].x) ^ x);
-        level.y += __uint_as_float(__float_as_uint(alpha[q].y) ^ y);
-      }
+      const float2 level = levels.pair(b);
 #pragma unroll
       for (int m = 0; m < TOKENS; m++) {
         const float v = inputs[warp][m][t * PART + b];

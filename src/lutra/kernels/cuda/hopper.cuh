@@ -31,6 +31,10 @@ DEVICE u32 cluster_size() { u32 r; asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+DEVICE void barrier_arrive_at(u32 barrier, u32 rank) {   // of a block of the cluster
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [a]; }" :: "r"(barrier), "r"(rank) : "memory");
+}
 DEVICE float4 load_cluster(u32 shared, u32 rank) {
   u32 address;
   float4 v;
@@ -38,6 +42,14 @@ DEVICE float4 load_cluster(u32 shared, u32 rank) {
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
   return v;
+}
+
+// Registers that a warpgroup gives to those that take them.
+template <int REGISTERS> DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
+}
+template <int REGISTERS> DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

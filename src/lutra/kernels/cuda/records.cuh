@@ -8,11 +8,6 @@
 // A lane finds the integers, the units and the offsets of one slice in four, from scales that it fetched four
 // slices ahead, and leaves them in shared memory for the four lanes that multiply a row.
 
-DEVICE float divide(float a, float b) {   // within 2 units in the last place; b is no subnormal
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
-  return a * r;
-}
 DEVICE float2 halves(u32 pair) { return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16))); }
 DEVICE u32 half_pair(float low, float high) {
   u32 d;
