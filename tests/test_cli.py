@@ -437,6 +437,12 @@ def test_prompts(run, quantized):
         _one_line(run("generate", quantized, "--prompt", "a", option, value, "--json"), word)
 
 
+def test_a_text_that_fills_the_positions_says_so(run, quantized):
+    status, _, told = run("generate", quantized, "--prompt", "a", "--max-new-tokens", 500)
+    assert status == 0
+    assert "500 tokens were asked for" in told
+
+
 def test_evaluation_texts(run, quantized, tmp_path):
     text = tmp_path / "text.txt"
     _one_line(run("eval", quantized, "--text", text, "--json"), str(text), "No such file")

@@ -252,6 +252,8 @@ def generate(
     sys.stdout.write("\n")
     rate = result["tokens_per_second"]
     _say(f"{result['new_tokens']} tokens" + (f", {rate:.1f} tokens per second" if rate else ""))
+    if result["stopped"] == "positions":
+        _say(f"{max_new_tokens:,} tokens were asked for; the model has positions for no more.")
 
 
 @app.command()
