@@ -448,6 +448,28 @@ def _prefill_functions(
     )
 
 
+def _prefill_arrange(
+    arrange: Function, x: Tensor, arranged: Tensor, factors: Tensor, padded: int, layout: Layout,
+    flags: int = 0,
+) -> None:
+    """Put x in order for `code_prefill.cu` and `code_batch.cu`.
+
+    Args:
+        padded: tokens, filled up to whole tiles.
+        flags: words behind the factors that are set to 0.
+    """
+    blocks = arrange_blocks(layout)
+    arrange(
+        _PrefillArrangeArguments(
+            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), x.shape[0],
+            layout.inputs, layout.items * 2, flags,
+        ),
+        (padded // 8 * blocks, 1, 1),
+        256,
+        blocks,
+    )
+
+
 def prefill_linear(
     plan: PrefillPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
     layout: Layout, uniform: bool,
@@ -465,16 +487,7 @@ def prefill_linear(
     arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
     factors = torch.empty(padded + flags, dtype=torch.float32, device=x.device)
     partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-    blocks = arrange_blocks(layout)
-    arrange(
-        _PrefillArrangeArguments(
-            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
-            layout.inputs, layout.items * 2, flags,
-        ),
-        (padded // 8 * blocks, 1, 1),
-        256,
-        blocks,
-    )
+    _prefill_arrange(arrange, x, arranged, factors, padded, layout, flags)
     boxed = y.data_ptr() % 16 == 0 and y.stride(0) % 8 == 0
     results = (
         half_boxes(y.data_ptr(), tokens, layout.rows, y.stride(0), plan.tokens, 64)
@@ -513,16 +526,7 @@ def code_batch_linear(
     size = arranged_bytes(layout, True, plan.tokens, x.dtype == torch.float16)
     arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
     factors = torch.empty(plan.tokens, dtype=torch.float32, device=x.device)
-    blocks = arrange_blocks(layout)
-    arrange(
-        _PrefillArrangeArguments(
-            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
-            layout.inputs, layout.items * 2, 0,
-        ),
-        (plan.tokens // 8 * blocks, 1, 1),
-        256,
-        blocks,
-    )
+    _prefill_arrange(arrange, x, arranged, factors, plan.tokens, layout)
     arguments = _CodeBatchArguments(
         *_weight_boxes(plan.rows // 16, planes, scales, layout, True)[:2],
         scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
