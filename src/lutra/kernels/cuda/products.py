@@ -384,22 +384,25 @@ def _code_functions(
     )
 
 
-def _weight_boxes(
-    tiles: int, planes: Tensor, scales: Tensor, layout: Layout, uniform: bool
-) -> tuple[Any, Any, Any]:
-    """Descriptions of planes, scales and steps: boxes of ``tiles`` tiles, those of a block."""
+def _boxes(
+    tensor: Tensor, offset: int, columns: int, words: int, tiles: int, layout: Layout
+) -> Any:
+    """Description of ``columns`` times ``words`` words for each tile; boxes of ``tiles`` tiles."""
+    return word_boxes(tensor.data_ptr() + offset, layout.tiles, columns * words, tiles, words)
 
-    def boxes(tensor: Tensor, offset: int, columns: int, words: int) -> Any:
-        return word_boxes(
-            tensor.data_ptr() + offset, layout.tiles, columns * words, tiles, words
-        )
 
-    steps = scales_size(layout) * 2 if has_steps(layout, uniform) else 0
+def _weight_boxes(tiles: int, planes: Tensor, scales: Tensor, layout: Layout) -> tuple[Any, Any]:
+    """Descriptions of planes and scales: boxes of ``tiles`` tiles, those of a block."""
     return (
-        boxes(planes, 0, layout.items * 2, layout.bits * 64),
-        boxes(scales, 0, layout.groups, layout.slots * 8),
-        boxes(scales, steps, layout.groups, 8),
+        _boxes(planes, 0, layout.items * 2, layout.bits * 64, tiles, layout),
+        _boxes(scales, 0, layout.groups, layout.slots * 8, tiles, layout),
     )
+
+
+def _step_boxes(tiles: int, scales: Tensor, layout: Layout, uniform: bool) -> Any:
+    """The same of the steps behind the scales; of the scales where there are none to be read."""
+    steps = scales_size(layout) * 2 if has_steps(layout, uniform) else 0
+    return _boxes(scales, steps, layout.groups, 8, tiles, layout)
 
 
 def code_linear(
@@ -424,7 +427,8 @@ def code_linear(
     _arrange(arrange, x, arranged, factors, layout)
 
     arguments = _CodeArguments(
-        *_weight_boxes(plan.warpgroups * 4, planes, scales, layout, uniform),
+        *_weight_boxes(plan.warpgroups * 4, planes, scales, layout),
+        _step_boxes(plan.warpgroups * 4, scales, layout, uniform),
         scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
         y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
         layout.items_per_group, row_blocks, token_tiles, min(plan.near_tiles, token_tiles),
@@ -494,7 +498,8 @@ def prefill_linear(
         if boxed else (ctypes.c_ulonglong * 16)()
     )
     arguments = _PrefillArguments(
-        *_weight_boxes(plan.groups * 4, planes, scales, layout, uniform), results,
+        *_weight_boxes(plan.groups * 4, planes, scales, layout),
+        _step_boxes(plan.groups * 4, scales, layout, uniform), results,
         scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
         y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
         layout.items_per_group, row_blocks, token_tiles, min(plan.near_tiles, token_tiles),
@@ -528,7 +533,7 @@ def code_batch_linear(
     factors = torch.empty(plan.tokens, dtype=torch.float32, device=x.device)
     _prefill_arrange(arrange, x, arranged, factors, plan.tokens, layout)
     arguments = _CodeBatchArguments(
-        *_weight_boxes(plan.rows // 16, planes, scales, layout, True)[:2],
+        *_weight_boxes(plan.rows // 16, planes, scales, layout),
         scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
         y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
         layout.items_per_group,
