@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lutra.architectures import architecture_of, families
 from lutra.errors import CheckpointError, ResourceError, SchemeError
 from lutra.formats.checkpoint import OutputFolder, SourceCheckpoint
 from lutra.nn import QuantizedLinear
-from lutra.plan import available_memory, linears_of, parse_bytes, plan, refuse
+from lutra.plan import available_memory, linears_of, parse_bytes, plan
 from lutra.scheme import Format
 
 transformers = pytest.importorskip("transformers")
@@ -172,18 +173,17 @@ def test_sizes_in_words():
             parse_bytes(text)
 
 
-def test_too_little_memory_or_disk_is_refused(llama, monkeypatch, tmp_path):
-    refuse(plan(llama, "gptq", 4))
+def test_too_little_memory_or_disk_is_a_problem(llama, monkeypatch, tmp_path):
+    assert not plan(llama, "gptq", 4)["problems"]
     monkeypatch.setattr(planning, "available_memory", lambda: (10**6, "a test"))
-    result = plan(llama, "gptq", 4)
-    with pytest.raises(ResourceError, match=r"memory and 1.0 MB are there \(a test\).*--samples"):
-        refuse(result)
+    (problem,) = plan(llama, "gptq", 4)["problems"]
+    assert re.search(r"memory and 1.0 MB are there \(a test\).*--samples", problem)
     monkeypatch.setattr(planning, "available_memory", lambda: (None, "unknown"))
-    refuse(plan(llama, "gptq", 4))
+    assert not plan(llama, "gptq", 4)["problems"]
     usage = planning.shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(ResourceError, match=r"disk of .* has 0.0 MB free"):
-        refuse(plan(llama, "gptq", 4, dst=tmp_path / "deep" / "er" / "out"))
+    (problem,) = plan(llama, "gptq", 4, dst=tmp_path / "deep" / "er" / "out")["problems"]
+    assert re.search(r"disk of .* has 0.0 MB free", problem)
 
 
 def test_available_memory_is_a_number_with_a_reason():

@@ -2,7 +2,7 @@
 
 Sizes are exact: the tensors that will be written have shapes that follow from the format. Memory is
 an estimate of the walk through the model (:mod:`lutra.runner.walk`), part by part, so that a run
-that can not end well is refused before it starts; each part says what it counts.
+that can not end well is known before it starts; each part says what it counts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SOLVER_BYTES_PER_WEIGHT = 24
 _TOKENS_PER_BATCH = 8192
 #: Samples that also run through the original model when the method does not ask for all of them.
 _TRACKED_SAMPLES = 8
-#: A run is refused when it needs this many times the memory there is: the estimate is rough.
+#: A run is impossible when it needs this many times the memory there is: the estimate is rough.
 _MEMORY_SLACK = 1.5
 
 
@@ -104,7 +104,7 @@ def plan(
     Returns:
         A table that JSON can hold: ``layers``, ``bits_per_weight``, ``output_bytes``,
         ``run_bytes``, ``memory``, ``disk``, ``reason`` of the bits, ``problems`` (what makes the
-        run impossible; see :func:`refuse`) and ``warnings``.
+        run impossible) and ``warnings``.
 
     Raises:
         CheckpointError: the source is damaged or not of its family's shape.
@@ -216,16 +216,6 @@ def plan(
         "problems": problems,
         "warnings": warnings,
     }
-
-
-def refuse(result: Mapping[str, Any]) -> None:
-    """Raise if a plan says that the run can not work.
-
-    Raises:
-        ResourceError: names every problem.
-    """
-    if result["problems"]:
-        raise ResourceError("this run can not work: " + "; ".join(result["problems"]) + ".")
 
 
 def linears_of(checkpoint: SourceCheckpoint, architecture: Architecture) -> list[Linear]:

@@ -67,7 +67,7 @@ def plot_against_bits(
         axes.set_ylim(min(values) - 0.14 * spread, max(values) + 0.06 * spread)
     axes.set_xlabel("bits per weight, measured from the files")
     axes.set_ylabel(label)
-    _legend(axes, len(series))
+    _legend(axes)
     return _svg(figure, f"{label} against bits per weight")
 
 
@@ -205,7 +205,8 @@ def _by_block(lines: Sequence[_Line], label: str, title: str) -> str:
         return ""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(height=_HIGH + 0.2 * (-(-len(lines) // 3) - 1))
+    columns = _legend_columns([_shorten(line.label) for line in lines])
+    figure, axes = _figure(height=_HIGH + 0.2 * (-(-len(lines) // columns) - 1))
     for line in lines:
         x, y = zip(*sorted(line.points), strict=True)
         axes.plot(
@@ -220,7 +221,7 @@ def _by_block(lines: Sequence[_Line], label: str, title: str) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("block")
     axes.set_ylabel(label)
-    _legend(axes, len(lines))
+    _legend(axes)
     return _svg(figure, title)
 
 
@@ -269,13 +270,20 @@ def _log_axis(axes: Any, low: float, high: float) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _legend(axes: Any, entries: int) -> None:
-    if entries < 2 and not axes.get_legend_handles_labels()[1]:
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Entries side by side above a plot: four at most, as many as its width holds."""
+    room = _WIDE * 72 - 60  # points, without the axis on the left
+    entry = 36 + 5.6 * max(map(len, labels), default=0)  # line, gaps and text at 9 points
+    return max(1, min(int(room / entry), len(labels) if len(labels) <= 4 else 3))
+
+
+def _legend(axes: Any) -> None:
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
         return
-    columns = entries if entries <= 4 else 3
     legend = axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=columns, frameon=False, fontsize=9,
-        borderaxespad=0, columnspacing=1.4, handletextpad=0.5,
+        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=_legend_columns(labels), frameon=False,
+        fontsize=9, borderaxespad=0, columnspacing=1.4, handletextpad=0.5,
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_color(_INK)
