@@ -14,6 +14,7 @@ from lutra.kernels.cuda.batch_plans import BatchPlan
 from lutra.kernels.cuda.code_batch_plans import CodeBatchPlan
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
+from lutra.kernels.cuda.place_batch_plans import PlaceBatchPlan
 from lutra.kernels.cuda.prefill_plans import STEP_GROUPS, PrefillPlan
 
 MAX_FEW_TOKENS = 16
@@ -120,7 +121,10 @@ class DensePlan:
     rows: int
 
 
-Plan = FewPlan | BatchPlan | CodeBatchPlan | FieldPlan | CodePlan | PrefillPlan | DensePlan
+Plan = (
+    FewPlan | BatchPlan | PlaceBatchPlan | CodeBatchPlan | FieldPlan | CodePlan | PrefillPlan
+    | DensePlan
+)
 
 
 @cache

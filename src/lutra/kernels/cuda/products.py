@@ -28,6 +28,13 @@ from lutra.kernels.cuda.launch import (
     word_boxes,
 )
 from lutra.kernels.cuda.layout import TILE_ROWS, WHOLE_ITEMS, Layout, scales_size
+from lutra.kernels.cuda.place_batch_plans import (
+    PlaceBatchPlan,
+    place_batch_shared_bytes,
+    place_batch_sums,
+    place_batch_work,
+    places_bytes,
+)
 from lutra.kernels.cuda.plans import (
     DENSE_WORKSPACE_BYTES,
     CodePlan,
@@ -157,6 +164,41 @@ class _CodeBatchArguments(ctypes.Structure):
     ]
 
 
+class _Results(ctypes.Structure):
+    _fields_ = [
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_longlong),
+        ("rows", ctypes.c_int),
+        ("tokens", ctypes.c_int),
+    ]
+
+
+class _Shares(ctypes.Structure):
+    _fields_ = [
+        ("share", ctypes.c_int),
+        ("extra", ctypes.c_int),
+        ("partial", ctypes.c_void_p),
+        ("flags", ctypes.c_void_p),
+    ]
+
+
+class _PlaceBatchArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_ulonglong * 16),
+        ("scales", ctypes.c_ulonglong * 16),
+        ("arranged", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("results", _Results),
+        ("tiles", ctypes.c_int),
+        ("items", ctypes.c_int),
+        ("groups", ctypes.c_int),
+        ("items_per_group", ctypes.c_int),
+        ("shares", _Shares),
+        ("padding", ctypes.c_byte * 40),  # the size is a multiple of the maps' alignment, 64
+    ]
+
+
 class _DequantizeArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p),
@@ -242,6 +284,16 @@ def code_batch_defines(
     return both | {"HELD": arrange_held(layout)}, both | {
         "GROUPS": plan.groups, "K_GROUPS": plan.k_groups, "TALL": plan.tall,
         "STAGES": plan.stages, "SHARE": plan.share,
+    }
+
+
+def place_batch_defines(
+    plan: PlaceBatchPlan, layout: Layout, scale: torch.dtype, x: torch.dtype
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time parameters of `place_arrange.cu` and `place_batch.cu`."""
+    both = format_defines(layout, False, scale, x) | {"TOKENS": plan.tokens}
+    return both | {"HELD": arrange_held(layout)}, both | {
+        "GROUPS": plan.groups, "TALL": plan.tall, "STAGES": plan.stages,
     }
 
 
@@ -544,6 +596,52 @@ def code_batch_linear(
     )
 
 
+@cache
+def _place_batch_functions(
+    plan: PlaceBatchPlan, layout: Layout, scale: torch.dtype, x: torch.dtype, device: Card
+) -> tuple[Function, Function]:
+    arrange, main = place_batch_defines(plan, layout, scale, x)
+    return (
+        function("place_arrange", arrange, device),
+        function("place_batch", main, device, place_batch_shared_bytes(plan, layout)),
+    )
+
+
+def place_batch_linear(
+    plan: PlaceBatchPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None,
+    y: Tensor, layout: Layout,
+) -> None:
+    """``y = x @ W.T + bias`` for up to ``plan.tokens`` rows of x on Hopper; free levels."""
+    tokens, slices = x.shape[0], layout.items * 2
+    arrange, kernel = _place_batch_functions(
+        plan, layout, scales.dtype, x.dtype, card(x.device.index)
+    )
+    work = place_batch_work(plan, layout)
+    sums, flags = place_batch_sums(plan, work)
+    size = places_bytes(layout, plan.tokens)
+    arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
+    factors = torch.empty(plan.tokens + flags, dtype=torch.float32, device=x.device)
+    partial = torch.empty(sums, dtype=torch.float32, device=x.device)
+    blocks = arrange_blocks(layout)
+    arrange(
+        _PrefillArrangeArguments(
+            x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
+            layout.inputs, slices, flags,
+        ),
+        (plan.tokens // 8 * blocks, 1, 1), 256, blocks,
+    )
+    arguments = _PlaceBatchArguments(
+        *_weight_boxes(plan.rows // 16, planes, scales, layout), arranged.data_ptr(),
+        factors.data_ptr(),
+        _Results(_pointer(bias), y.data_ptr(), y.stride(0), layout.rows, tokens),
+        layout.tiles, layout.items, layout.groups, layout.items_per_group,
+        _Shares(
+            work.share, work.extra, partial.data_ptr(), factors.data_ptr() + 4 * plan.tokens
+        ),
+    )
+    kernel(arguments, (work.blocks, 1, 1), (plan.groups + 1) * 128)
+
+
 class _StepsArguments(ctypes.Structure):
     _fields_ = [
         ("scales", ctypes.c_void_p),
@@ -637,13 +735,15 @@ def run(
 
     A plan for few tokens takes more of them in several launches.
     """
-    if isinstance(plan, FewPlan | BatchPlan | CodeBatchPlan):
+    if isinstance(plan, FewPlan | BatchPlan | PlaceBatchPlan | CodeBatchPlan):
         for i in range(0, x.shape[0], plan.tokens):
             part = slice(i, i + plan.tokens)
             if isinstance(plan, FewPlan):
                 few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
             elif isinstance(plan, BatchPlan):
                 batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
+            elif isinstance(plan, PlaceBatchPlan):
+                place_batch_linear(plan, x[part], planes, scales, bias, y[part], layout)
             else:
                 code_batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
         return True
@@ -693,6 +793,9 @@ def plan_instances(
     if isinstance(plan, CodePlan):
         arrange, main = code_defines(plan, layout, uniform, scale, x)
         return [("arrange", arrange), ("code_linear", main)]
+    if isinstance(plan, PlaceBatchPlan):
+        arrange, main = place_batch_defines(plan, layout, scale, x)
+        return [("place_arrange", arrange), ("place_batch", main)]
     if isinstance(plan, CodeBatchPlan):
         arrange, main = code_batch_defines(plan, layout, uniform, scale, x)
         return [("prefill_arrange", arrange), ("code_batch", main)]
@@ -733,6 +836,8 @@ def load(
             _field_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, CodePlan):
             _code_functions(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, PlaceBatchPlan):
+            _place_batch_functions(plan, layout, scale, x, gpu)
         elif isinstance(plan, CodeBatchPlan):
             _code_batch_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, PrefillPlan):

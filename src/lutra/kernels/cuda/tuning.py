@@ -30,6 +30,11 @@ from lutra.kernels.cuda.code_batch_plans import (
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import Layout
 from lutra.kernels.cuda.nvrtc import cache_folder, write_whole
+from lutra.kernels.cuda.place_batch_plans import (
+    PlaceBatchPlan,
+    place_batch_fits,
+    place_batch_plans,
+)
 from lutra.kernels.cuda.plans import (
     CODE_REGISTERS,
     MAX_FEW_TOKENS,
@@ -63,12 +68,14 @@ FEW_TOKENS_SMALL = {True: 8, False: 16}
 SMALL_WEIGHTS = 24 << 20
 BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
+PLACE_TOKENS = {2: 64, 3: 32, 4: 32}  # by planes; beyond these `code_linear` is faster
 FIELD_TOKENS = {True: 320, False: 128}
 PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
     "batch_linear": BatchPlan, "code_batch": CodeBatchPlan,
-    "field_linear": FieldPlan, "code_linear": CodePlan, "code_prefill": PrefillPlan,
+    "place_batch": PlaceBatchPlan, "field_linear": FieldPlan, "code_linear": CodePlan,
+    "code_prefill": PrefillPlan,
     "dense": DensePlan,
 }
 
@@ -137,6 +144,13 @@ def choose(
         )
     if batch:
         return batch[0], f"by rule: up to {batch_most} tokens on {device.arch}"
+    place = place_batch_plans(layout, uniform, scale_bytes, tokens, device)
+    if layout.rows * layout.inputs < SMALL_WEIGHTS:  # `code_linear` starts faster
+        place = ()
+    if place and tokens <= PLACE_TOKENS[layout.bits]:
+        return place[0], (
+            f"by rule: up to {PLACE_TOKENS[layout.bits]} tokens on {device.arch}"
+        )
     prefill = prefill_plans(layout, uniform, scale_bytes, tokens, device)
     if prefill and layout.rows * tokens >= PREFILL_RESULTS * device.processors:
         return prefill[0], f"by rule: more than {PREFILL_TOKENS} tokens that fill {device.arch}"
@@ -155,6 +169,8 @@ def _fits(
         return plan in few_plans(layout, scale_bytes, tokens, device)
     if isinstance(plan, CodeBatchPlan):
         return code_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
+    if isinstance(plan, PlaceBatchPlan):
+        return place_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, BatchPlan):
         return batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, FieldPlan):
@@ -192,6 +208,7 @@ def candidates(
     if tokens > 4:
         plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
+        plans += place_batch_plans(layout, uniform, scale_bytes, tokens, device)[:6]
         plans += code_plans(layout, uniform, scale_bytes, tokens, device)[:8]
     plans += prefill_plans(layout, uniform, scale_bytes, tokens, device)
     if tokens > 1 and not any(isinstance(plan, CodePlan) for plan in plans):

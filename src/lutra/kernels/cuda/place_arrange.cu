@@ -1,0 +1,159 @@
+// x in the order in which `place_batch.cu` multiplies it, 8 tokens a cluster.
+//
+//   arranged  [slices] of { [8 products][TOKENS / 8][4][8 tokens][8 halves]; [TOKENS / 8][2][8 tokens][8 halves] }
+//             A product (f, h, m) has 16 inputs of a slice: 64 f + 16 h + 2 m and the next, and 4, 8, 12, 32, 36,
+//             40 and 44 more. Each two of them, a and b, are four places: c - a - b, c + a - b, c - a + b, c + a + b.
+//             The 16 halves behind the products are the sum of x over the slice and, four times, what is to be added
+//             to take off the sum of c; each as two halves, the second what the rounding of the first left.
+//
+// A token is scaled by a power of two to a largest |x| in [2^7, 2^8): twice that, and the sum of 128, is a half.
+// c is chosen so that the places are rounded by little (`shift_of`).
+//
+// Two lanes share a slice of a token: each reads eight pieces of eight inputs, keeps them in registers until the
+// largest of the token is known, and writes the two products of each. The blocks of a cluster split the inputs and
+// tell each other their largest. -D: TOKENS 16|32|64, HELD: slices of a token that two lanes take, so that a block
+// has 16 HELD. Grid: TOKENS / 8 * cluster size; 256 threads.
+
+#include "hopper.cuh"
+
+constexpr int WARPS = 8, MOST_BLOCKS = 8;
+constexpr int PRODUCT_BYTES = TOKENS * 64, X_SUMS = 8 * PRODUCT_BYTES, X_BYTES = X_SUMS + TOKENS * 32;
+
+struct Arguments {
+  const u16* x;            // [tokens][in_features], rows x_stride apart
+  char* arranged;
+  float* factors;          // [TOKENS]   what a token's sums are multiplied with at the end
+  long long x_stride;
+  int tokens, in_features, slices;
+  int flags;               // of `place_batch.cu`, which follow the factors: set to 0
+};
+
+DEVICE u32 largest_of(u32 a, u32 b) {   // of 16-bit numbers
+  u32 d;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+DEVICE void store_word(u32 shared, u32 rank, u32 v) {   // in a block of the cluster
+  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.u32 [a], %2; }"
+               :: "r"(shared), "r"(rank), "r"(v) : "memory");
+}
+DEVICE u32 half_pair(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// Eight inputs of a row, zeros past its end.
+DEVICE uint4 read(const u16* row, int first, int in_features, bool wide) {
+  if (wide && first + 8 <= in_features) return *(const uint4*)(row + first);
+  u32 v[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int at = first + 2 * i;
+    const u32 low = at < in_features ? row[at] : 0, high = at + 1 < in_features ? row[at + 1] : 0;
+    v[i] = low | high << 16;
+  }
+  return make_uint4(v[0], v[1], v[2], v[3]);
+}
+DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// What is added to the four sums of two inputs, a + b, a - b and their negatives, so that all are nearly halves.
+// The smaller of the two, rounded: then one of the four is 0, two are as exact as their distance to it, a or b
+// twice, and what is rounded is shared by the other two. Where the smaller one is rounded by much and the larger
+// one is of the same magnitude, half a unit of both: what remains is at most as much as was missing to half a unit.
+DEVICE float shift_of(float sum, float difference) {
+  const float small = fabsf(sum) < fabsf(difference) ? sum : difference;
+  const float rounded = half_to_float(float_to_half(small));
+  const float unit = __uint_as_float(__float_as_uint(sum) & 0x7F800000u) * (1.f / 2048.f);   // half of the last place
+  const bool alike = ((__float_as_uint(sum) ^ __float_as_uint(difference)) & 0x7F800000u) == 0;
+  return alike && fabsf(rounded - small) > 0.6f * unit ? unit : rounded;
+}
+DEVICE u32 two_halves(float v) {   // a number as a half and what that leaves
+  const float high = half_to_float(float_to_half(v));
+  return half_pair(high, v - high);
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+place_arrange(const __grid_constant__ Arguments p) {
+  __shared__ u32 largest[MOST_BLOCKS][WARPS][8];   // of every block and warp: 8 tokens
+  const int blocks = cluster_size(), block = cluster_rank();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, side = lane >> 3 & 1;
+  const int token = blockIdx.x / blocks * 8 + (lane & 7);
+  const int first = block * (HELD * 2 * WARPS) + warp * 2 + (lane >> 4);   // slice
+  let_next_kernel_start();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  wait_for_previous_kernel();
+  uint4 held[HELD][4][2];   // piece (t, i): 8 inputs from 32 t + 16 i + 8 side of the slice on
+  u32 most = 0;
+  {
+    const u16* row = p.x + (long long)token * p.x_stride;
+    const bool active = token < p.tokens, wide = ((u64)row & 15) == 0;
+#pragma unroll
+    for (int h = 0; h < HELD; h++)
+#pragma unroll
+      for (int t = 0; t < 4; t++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          held[h][t][i] = read(row, (first + h * 2 * WARPS) * 128 + 32 * t + 16 * i + 8 * side,
+                               active ? p.in_features : 0, wide);
+#pragma unroll
+    for (int h = 0; h < HELD; h++)
+#pragma unroll
+      for (int t = 0; t < 8; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) most = largest_of(most, word_of(held[h][t >> 1][t & 1], i) & 0x7FFF7FFFu);
+  }
+  most = largest_of(most, __shfl_xor_sync(~0u, most, 8));
+  most = largest_of(most, __shfl_xor_sync(~0u, most, 16));
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");   // all blocks have begun
+  for (int r = lane >> 3; r < blocks; r += 4)
+    store_word(shared_address(&largest[block][warp][lane & 7]), r, most);
+  cluster_sync();
+  u32 both = 0;
+  for (int r = 0; r < blocks; r++)
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) both = largest_of(both, largest[r][w][lane & 7]);
+  const float value = x_to_float((u16)(both > both << 16 ? both >> 16 : both));
+  // The exponent field of the largest; one bf16 token may be too small or too large to bring into range.
+  const int exponent = min(max((int)(__float_as_uint(value) >> 23), 16), 254);
+  const float up = __uint_as_float((u32)(254 + 7 - exponent) << 23 & 0x7F800000u);   // 2^(7 - e)
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < p.flags; i += WARPS * 32) p.factors[TOKENS + i] = 0.f;
+  if (block == 0 && threadIdx.x < 8) p.factors[token] = __uint_as_float((u32)(exponent - 7) << 23);
+#pragma unroll
+  for (int h = 0; h < HELD; h++) {
+    const int slice = first + h * 2 * WARPS;
+    char* const here = p.arranged + (long long)slice * X_BYTES;
+    char* const products = here + (token >> 3) * 512 + side * 128 + (token & 7) * 16;
+    float whole = 0.f, sum_of_c = 0.f;
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          u32 packed[4];
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const u32 pair = word_of(held[h][t][i], m + 2 * k);
+            const float a = x_to_float((u16)pair) * up, b = x_to_float((u16)(pair >> 16)) * up;
+            const float sum = a + b, difference = a - b;
+            whole += sum;
+            const float c = X_BF16 ? 0.f : shift_of(sum, difference);
+            sum_of_c += c;
+            packed[2 * k] = half_pair(c - sum, c + difference);
+            packed[2 * k + 1] = half_pair(c - difference, c + sum);
+          }
+          if (slice < p.slices)   // eight lanes write 128 bytes side by side
+            *(uint4*)(products + ((t >> 1) * 4 + i * 2 + m) * PRODUCT_BYTES + (t & 1) * 256) =
+                make_uint4(packed[0], packed[1], packed[2], packed[3]);
+        }
+    whole += __shfl_xor_sync(~0u, whole, 8);
+    sum_of_c += __shfl_xor_sync(~0u, sum_of_c, 8);
+    if (slice < p.slices) {
+      const u32 c = two_halves(-sum_of_c);
+      char* const sums = here + X_SUMS + (token >> 3) * 256 + side * 128 + (token & 7) * 16;
+      *(uint4*)sums = side ? make_uint4(c, 0, 0, 0) : make_uint4(two_halves(whole), c, c, c);
+    }
+  }
+}

@@ -1,0 +1,137 @@
+"""Plans of `place_batch.cu`: how blocks share a product of 5 to 64 tokens with free levels."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+
+from lutra.kernels.cuda.launch import Card
+from lutra.kernels.cuda.layout import Layout
+from lutra.kernels.cuda.prefill_plans import arrange_held
+
+PLACE_BATCH_TOKENS = (16, 32, 64)  # widths that are compiled
+LEAST_TOKENS = 5  # fewer have kernels of their own
+# Most warpgroups of a block whose registers suffice, by their blocks of 64 rows and by tokens.
+MOST_GROUPS = {(1, 16): 4, (1, 32): 4, (1, 64): 3, (2, 16): 3, (2, 32): 3, (2, 64): 2}
+LEAST_STAGES, MOST_STAGES = 3, 10
+RESERVED_BYTES = 1024  # barriers and factors, which the kernel declares itself
+# Clocks of a processor for a slice of 64 rows and two planes: products; all else, which is hidden
+# behind the products of other warpgroups.
+PRODUCT_CLOCKS = {16: 150, 32: 160, 64: 290}
+OTHER_CLOCKS = 250
+BLOCK_CLOCKS = 5000  # of a block's start and its results
+HANDING_CLOCKS = 1500  # of sums from one block to another
+
+
+@dataclass(frozen=True)
+class PlaceBatchPlan:
+    """One launch of `place_batch.cu`.
+
+    Attributes:
+        kernel: ``place_batch``.
+        tokens: tokens that the kernel is compiled for; it takes as many or fewer.
+        groups: warpgroups that multiply; one more fetches.
+        tall: blocks of 64 rows of a warpgroup.
+        stages: slices in shared memory.
+        blocks: most blocks of the launch, which share the inputs of all rows.
+    """
+
+    kernel: str
+    tokens: int
+    groups: int
+    tall: int
+    stages: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self.groups * self.tall * 64
+
+
+@dataclass(frozen=True)
+class PlaceBatchWork:
+    """How the blocks of a launch divide its units, the slices of all blocks of rows.
+
+    Attributes:
+        blocks: of the launch.
+        share, extra: units of each block; the first ``extra`` have one more.
+    """
+
+    blocks: int
+    share: int
+    extra: int
+
+
+def place_batch_work(plan: PlaceBatchPlan, layout: Layout) -> PlaceBatchWork:
+    """The division for one weight."""
+    units = -(-layout.rows // plan.rows) * layout.items * 2
+    blocks = min(plan.blocks, units)
+    return PlaceBatchWork(blocks, *divmod(units, blocks))
+
+
+def place_batch_sums(plan: PlaceBatchPlan, work: PlaceBatchWork) -> tuple[int, int]:
+    """Floats of sums that blocks hand to each other, and flags."""
+    return work.blocks * plan.rows * plan.tokens, work.blocks * plan.groups * 4
+
+
+def places_bytes(layout: Layout, tokens: int) -> int:
+    """x for `place_batch.cu` (see place_arrange.cu)."""
+    return layout.items * 2 * tokens * (512 + 32)
+
+
+def place_batch_shared_bytes(plan: PlaceBatchPlan, layout: Layout) -> int:
+    """Shared memory of a block: its ring, and results of each warp."""
+    stage = plan.tokens * (512 + 32) + plan.rows // 16 * (layout.bits * 256 + layout.slots * 32)
+    return plan.stages * stage + plan.groups * 4 * plan.tokens * 32
+
+
+def place_batch_fits(
+    plan: PlaceBatchPlan, layout: Layout, uniform: bool, scale_bytes: int, tokens: int,
+    device: Card,
+) -> bool:
+    """Whether a plan can run, whoever made it."""
+    return (
+        device.capability == (9, 0)
+        and not uniform
+        and 2 <= layout.bits <= 4
+        and layout.group >= 128
+        and scale_bytes == 2
+        and arrange_held(layout) > 0
+        and tokens <= plan.tokens in PLACE_BATCH_TOKENS
+        and 2 <= plan.groups <= MOST_GROUPS.get((plan.tall, plan.tokens), 0)
+        and plan.stages >= LEAST_STAGES
+        and 1 <= plan.blocks <= device.processors  # all of them run at the same time
+        and place_batch_shared_bytes(plan, layout) <= device.shared_bytes - RESERVED_BYTES
+    )
+
+
+@cache
+def place_batch_plans(
+    layout: Layout, uniform: bool, scale_bytes: int, tokens: int, device: Card
+) -> tuple[PlaceBatchPlan, ...]:
+    """Plans on Hopper for free levels, best guess first."""
+    width = next((n for n in PLACE_BATCH_TOKENS if n >= tokens), 0)
+    if not width or tokens < LEAST_TOKENS:
+        return ()
+    slices = layout.items * 2
+    couples = -(-layout.bits // 2)
+    scored = []
+    for tall, groups in itertools.product((1, 2), (2, 3, 4)):
+        row_blocks = -(-layout.rows // (groups * tall * 64))
+        for blocks in {device.processors, min(device.processors, row_blocks)}:
+            for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
+                plan = PlaceBatchPlan("place_batch", width, groups, tall, stages, blocks)
+                if place_batch_fits(plan, layout, uniform, scale_bytes, tokens, device):
+                    break
+            else:
+                continue
+            work = place_batch_work(plan, layout)
+            products = couples * PRODUCT_CLOCKS[width]
+            clocks = tall * max(groups * products, products + OTHER_CLOCKS)
+            handed = min(-(-slices // work.share), work.blocks) if work.share else 0
+            score = (work.share + (work.extra > 0)) * clocks + BLOCK_CLOCKS
+            scored.append((score + handed * HANDING_CLOCKS, plan))
+    scored.sort(key=lambda pair: pair[0])
+    return tuple(dict.fromkeys(plan for _, plan in scored))
