@@ -48,6 +48,7 @@ from lutra.kernels.cuda.prefill_plans import (
     prefill_work,
     shared_sums,
 )
+from lutra.kernels.cuda.sparse_plans import sparse_plans, sparse_sizes
 from lutra.kernels.cuda.tuning import choose
 from lutra.kernels.dispatch import LinearSpec
 
@@ -124,6 +125,13 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
                     assert rows * sizes.passes >= shape[0]
                     assert sizes.shared_bytes < card.shared_bytes
                     assert sizes.x_slices * batch.panels * batch.cluster >= layout.items * 2
+                sparse = sparse_plans(layout, False, 2, tokens, card)
+                assert bool(sparse) == (takes and 2 <= bits <= 4 and tokens <= 8)
+                for plan in sparse:
+                    need = sparse_sizes(plan, layout)
+                    rows = plan.clusters * plan.warps // plan.k_warps * plan.tiles * 16
+                    assert rows * need.passes >= shape[0]
+                    assert need.shared_bytes < card.shared_bytes
                 uniform = layout_of(*shape, bits, group_size, True)
                 blocks = code_batch_plans(uniform, True, 2, tokens, card)
                 assert bool(blocks) == (takes and shape[1] <= 65536)

@@ -16,6 +16,7 @@ from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
 from lutra.kernels.cuda.place_batch_plans import PlaceBatchPlan
 from lutra.kernels.cuda.prefill_plans import STEP_GROUPS, PrefillPlan
+from lutra.kernels.cuda.sparse_plans import SparsePlan
 
 MAX_FEW_TOKENS = 16
 RING_BYTES = 176 << 10  # of weights in flight per block
@@ -122,8 +123,8 @@ class DensePlan:
 
 
 Plan = (
-    FewPlan | BatchPlan | PlaceBatchPlan | CodeBatchPlan | FieldPlan | CodePlan | PrefillPlan
-    | DensePlan
+    FewPlan | BatchPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan | FieldPlan | CodePlan
+    | PrefillPlan | DensePlan
 )
 
 

@@ -56,6 +56,7 @@ from lutra.kernels.cuda.prefill_plans import (
     prefill_work,
     shared_sums,
 )
+from lutra.kernels.cuda.sparse_plans import SparsePlan, sparse_sizes
 from lutra.kernels.cuda.tuning import choose
 
 
@@ -150,6 +151,15 @@ class _BatchArguments(ctypes.Structure):
         ("steps", ctypes.c_void_p),
         *_FewArguments._fields_[2:-2],
         ("k_warps", ctypes.c_int),
+        ("sums_offset", ctypes.c_int),
+    ]
+
+
+class _SparseArguments(ctypes.Structure):
+    _fields_ = [
+        *_FewArguments._fields_[:-2],
+        ("k_warps", ctypes.c_int),
+        ("x_bytes", ctypes.c_int),
         ("sums_offset", ctypes.c_int),
     ]
 
@@ -275,6 +285,16 @@ def batch_defines(
     }
 
 
+def sparse_defines(
+    plan: SparsePlan, layout: Layout, scale: torch.dtype, x: torch.dtype
+) -> dict[str, int]:
+    """Compile-time parameters of `sparse_linear.cu`."""
+    return format_defines(layout, False, scale, x) | {
+        "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages,
+        "PANELS": plan.panels,
+    }
+
+
 def code_batch_defines(
     plan: CodeBatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -362,6 +382,30 @@ def batch_linear(
         x.data_ptr(), _pointer(bias), y.data_ptr(), x.stride(0), y.stride(0), layout.rows,
         layout.inputs, x.shape[0], layout.tiles, layout.items, layout.groups,
         layout.items_per_group, plan.k_warps, sizes.sums_offset,
+    )
+    kernel(arguments, (plan.cluster * plan.clusters, 1, 1), plan.warps * 32, plan.cluster)
+
+
+@cache
+def _sparse_function(
+    plan: SparsePlan, layout: Layout, scale: torch.dtype, x: torch.dtype, device: Card
+) -> Function:
+    shared = sparse_sizes(plan, layout).shared_bytes
+    return function("sparse_linear", sparse_defines(plan, layout, scale, x), device, shared)
+
+
+def sparse_linear(
+    plan: SparsePlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
+    layout: Layout,
+) -> None:
+    """``y = x @ W.T + bias`` for up to ``plan.tokens`` rows of x; free levels of 2 to 4 bits."""
+    kernel = _sparse_function(plan, layout, scales.dtype, x.dtype, card(x.device.index))
+    sizes = sparse_sizes(plan, layout)
+    arguments = _SparseArguments(
+        planes.data_ptr(), scales.data_ptr(), x.data_ptr(), _pointer(bias), y.data_ptr(),
+        x.stride(0), y.stride(0), layout.rows, layout.inputs, x.shape[0], layout.tiles,
+        layout.items, layout.groups, layout.items_per_group, plan.k_warps, sizes.x_bytes,
+        sizes.sums_offset,
     )
     kernel(arguments, (plan.cluster * plan.clusters, 1, 1), plan.warps * 32, plan.cluster)
 
@@ -735,13 +779,15 @@ def run(
 
     A plan for few tokens takes more of them in several launches.
     """
-    if isinstance(plan, FewPlan | BatchPlan | PlaceBatchPlan | CodeBatchPlan):
+    if isinstance(plan, FewPlan | BatchPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan):
         for i in range(0, x.shape[0], plan.tokens):
             part = slice(i, i + plan.tokens)
             if isinstance(plan, FewPlan):
                 few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
             elif isinstance(plan, BatchPlan):
                 batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
+            elif isinstance(plan, SparsePlan):
+                sparse_linear(plan, x[part], planes, scales, bias, y[part], layout)
             elif isinstance(plan, PlaceBatchPlan):
                 place_batch_linear(plan, x[part], planes, scales, bias, y[part], layout)
             else:
@@ -787,6 +833,8 @@ def plan_instances(
         return [(plan.kernel, few_defines(plan, layout, uniform, scale, x))]
     if isinstance(plan, BatchPlan):
         return [("batch_linear", batch_defines(plan, layout, uniform, scale, x))]
+    if isinstance(plan, SparsePlan):
+        return [("sparse_linear", sparse_defines(plan, layout, scale, x))]
     if isinstance(plan, FieldPlan):
         arrange, main = field_defines(plan, layout, uniform, scale, x)
         return [("arrange", arrange), ("field_linear", main)]
@@ -832,6 +880,8 @@ def load(
             _few_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, BatchPlan):
             _batch_function(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, SparsePlan):
+            _sparse_function(plan, layout, scale, x, gpu)
         elif isinstance(plan, FieldPlan):
             _field_functions(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, CodePlan):

@@ -57,6 +57,7 @@ from lutra.kernels.cuda.prefill_plans import (
     prefill_fits,
     prefill_plans,
 )
+from lutra.kernels.cuda.sparse_plans import SparsePlan, sparse_fits, sparse_plans
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ FIELD_TOKENS = {True: 320, False: 128}
 PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
-    "batch_linear": BatchPlan, "code_batch": CodeBatchPlan,
+    "batch_linear": BatchPlan, "sparse_linear": SparsePlan, "code_batch": CodeBatchPlan,
     "place_batch": PlaceBatchPlan, "field_linear": FieldPlan, "code_linear": CodePlan,
     "code_prefill": PrefillPlan,
     "dense": DensePlan,
@@ -134,14 +135,17 @@ def choose(
     code = code_plans(layout, uniform, scale_bytes, tokens, device)
     if code:
         few_most = min(few_most, CODE_TOKENS)
+    sparse = sparse_plans(layout, uniform, scale_bytes, tokens, device)
     batch_most = BATCH_TOKENS[codes]
     batch = () if tokens > batch_most else batch_plans(layout, uniform, scale_bytes, tokens, device)
-    if batch:
+    if batch or sparse:
         few_most = min(few_most, limits[True])
     if few_limit and tokens <= few_most:
         return few_plans(layout, scale_bytes, min(tokens, few_limit), device)[0], (
             f"by rule: up to {few_most} tokens"
         )
+    if sparse:
+        return sparse[0], f"by rule: up to {sparse[0].tokens} tokens on {device.arch}"
     if batch:
         return batch[0], f"by rule: up to {batch_most} tokens on {device.arch}"
     place = place_batch_plans(layout, uniform, scale_bytes, tokens, device)
@@ -173,6 +177,8 @@ def _fits(
         return place_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, BatchPlan):
         return batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
+    if isinstance(plan, SparsePlan):
+        return sparse_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, FieldPlan):
         possible = field_plans(layout, uniform, tokens, device)
         need = field_shared_bytes(plan.tokens, plan.warpgroups, plan.stages)
@@ -205,6 +211,8 @@ def candidates(
 ) -> list[Plan]:
     """Plans worth measuring."""
     plans: list[Plan] = list(few_plans(layout, scale_bytes, tokens, device))
+    if tokens > 2:
+        plans += sparse_plans(layout, uniform, scale_bytes, tokens, device)
     if tokens > 4:
         plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
