@@ -224,10 +224,12 @@ def test_argument_structs_mirror_the_sources() -> None:
         "code_linear": products._CodeArguments, "code_prefill": products._PrefillArguments,
         "prefill_arrange": products._PrefillArrangeArguments, "steps": products._StepsArguments,
         "dequantize": products._DequantizeArguments, "batch_linear": products._BatchArguments,
+        "stream_linear": products._StreamArguments,
         "code_batch": products._CodeBatchArguments,
     }
     mapped_structs = (
-        products._CodeArguments, products._CodeBatchArguments, products._PrefillArguments
+        products._CodeArguments, products._CodeBatchArguments, products._PrefillArguments,
+        products._StreamArguments,
     )
     for mapped in mapped_structs:
         assert ctypes.sizeof(mapped) % 64 == 0  # as the compiler pads it

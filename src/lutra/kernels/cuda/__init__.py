@@ -4,6 +4,8 @@
 - `byte_linear.cu`, 3 to 16 tokens: 8-bit tensor cores on masked words.
 - `exact_linear.cu`, a handful of rows: fp32, nothing rounded.
 - `batch_linear.cu`, 5 to 64 tokens, Hopper: fp16 tensor cores, every warp for itself.
+- `stream_linear.cu`, 5 to 16 tokens with uniform levels, Hopper: the same, while other warps put
+  x in order.
 - `code_batch.cu`, 8 to 64 tokens with uniform levels, Hopper: the same by warpgroups, which cut
   the next codes meanwhile.
 - `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.

@@ -17,6 +17,7 @@ from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
 from lutra.kernels.cuda.place_batch_plans import PlaceBatchPlan
 from lutra.kernels.cuda.prefill_plans import STEP_GROUPS, PrefillPlan
 from lutra.kernels.cuda.sparse_plans import SparsePlan
+from lutra.kernels.cuda.stream_plans import StreamPlan
 
 MAX_FEW_TOKENS = 16
 RING_BYTES = 176 << 10  # of weights in flight per block
@@ -123,8 +124,8 @@ class DensePlan:
 
 
 Plan = (
-    FewPlan | BatchPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan | FieldPlan | CodePlan
-    | PrefillPlan | DensePlan
+    FewPlan | BatchPlan | StreamPlan | SparsePlan | PlaceBatchPlan
+    | CodeBatchPlan | FieldPlan | CodePlan | PrefillPlan | DensePlan
 )
 
 

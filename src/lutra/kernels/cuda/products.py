@@ -57,6 +57,7 @@ from lutra.kernels.cuda.prefill_plans import (
     shared_sums,
 )
 from lutra.kernels.cuda.sparse_plans import SparsePlan, sparse_sizes
+from lutra.kernels.cuda.stream_plans import StreamPlan, stream_sizes
 from lutra.kernels.cuda.tuning import choose
 
 
@@ -161,6 +162,17 @@ class _SparseArguments(ctypes.Structure):
         ("k_warps", ctypes.c_int),
         ("x_bytes", ctypes.c_int),
         ("sums_offset", ctypes.c_int),
+    ]
+
+
+class _StreamArguments(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_ulonglong * 16),
+        ("scales", ctypes.c_ulonglong * 16),
+        *_FewArguments._fields_[2:12],
+        ("items_per_group", ctypes.c_int),
+        ("sums_offset", ctypes.c_int),
+        ("padding", ctypes.c_byte * 60),  # the size is a multiple of the maps' alignment, 64
     ]
 
 
@@ -295,6 +307,17 @@ def sparse_defines(
     }
 
 
+def stream_defines(
+    plan: StreamPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
+) -> dict[str, int]:
+    """Compile-time parameters of `stream_linear.cu`."""
+    one_plane = layout.bits == 1  # levels of one plane are uniform
+    return format_defines(layout, uniform or one_plane, scale, x) | {
+        "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "K_WARPS": plan.k_warps,
+        "STAGES": plan.stages, "EARLY": plan.early, "CHUNKS": plan.chunks,
+    }
+
+
 def code_batch_defines(
     plan: CodeBatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -408,6 +431,33 @@ def sparse_linear(
         sizes.sums_offset,
     )
     kernel(arguments, (plan.cluster * plan.clusters, 1, 1), plan.warps * 32, plan.cluster)
+
+
+@cache
+def _stream_function(
+    plan: StreamPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype,
+    device: Card,
+) -> Function:
+    shared = stream_sizes(plan, layout).shared_bytes
+    defines = stream_defines(plan, layout, uniform, scale, x)
+    return function("stream_linear", defines, device, shared)
+
+
+def stream_linear(
+    plan: StreamPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
+    layout: Layout, uniform: bool,
+) -> None:
+    """``y = x @ W.T + bias`` for up to ``plan.tokens`` rows of x; unit inner strides."""
+    kernel = _stream_function(
+        plan, layout, uniform, scales.dtype, x.dtype, card(x.device.index)
+    )
+    arguments = _StreamArguments(
+        *_weight_boxes(plan.tiles, planes, scales, layout),
+        x.data_ptr(), _pointer(bias), y.data_ptr(), x.stride(0), y.stride(0), layout.rows,
+        layout.inputs, x.shape[0], layout.tiles, layout.items, layout.items_per_group,
+        stream_sizes(plan, layout).sums_offset,
+    )
+    kernel(arguments, (plan.cluster * plan.clusters, 1, 1), plan.threads, plan.cluster)
 
 
 def _check_steps(scales: Tensor, layout: Layout) -> None:
@@ -779,13 +829,17 @@ def run(
 
     A plan for few tokens takes more of them in several launches.
     """
-    if isinstance(plan, FewPlan | BatchPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan):
+    if isinstance(
+        plan, FewPlan | BatchPlan | StreamPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan
+    ):
         for i in range(0, x.shape[0], plan.tokens):
             part = slice(i, i + plan.tokens)
             if isinstance(plan, FewPlan):
                 few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
             elif isinstance(plan, BatchPlan):
                 batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
+            elif isinstance(plan, StreamPlan):
+                stream_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
             elif isinstance(plan, SparsePlan):
                 sparse_linear(plan, x[part], planes, scales, bias, y[part], layout)
             elif isinstance(plan, PlaceBatchPlan):
@@ -833,6 +887,8 @@ def plan_instances(
         return [(plan.kernel, few_defines(plan, layout, uniform, scale, x))]
     if isinstance(plan, BatchPlan):
         return [("batch_linear", batch_defines(plan, layout, uniform, scale, x))]
+    if isinstance(plan, StreamPlan):
+        return [("stream_linear", stream_defines(plan, layout, uniform, scale, x))]
     if isinstance(plan, SparsePlan):
         return [("sparse_linear", sparse_defines(plan, layout, scale, x))]
     if isinstance(plan, FieldPlan):
@@ -880,6 +936,8 @@ def load(
             _few_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, BatchPlan):
             _batch_function(plan, layout, uniform, scale, x, gpu)
+        elif isinstance(plan, StreamPlan):
+            _stream_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, SparsePlan):
             _sparse_function(plan, layout, scale, x, gpu)
         elif isinstance(plan, FieldPlan):

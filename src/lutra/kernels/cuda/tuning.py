@@ -58,6 +58,7 @@ from lutra.kernels.cuda.prefill_plans import (
     prefill_plans,
 )
 from lutra.kernels.cuda.sparse_plans import SparsePlan, sparse_fits, sparse_plans
+from lutra.kernels.cuda.stream_plans import StreamPlan, stream_fits, stream_plans
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ FIELD_TOKENS = {True: 320, False: 128}
 PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
+    "stream_linear": StreamPlan,
     "batch_linear": BatchPlan, "sparse_linear": SparsePlan, "code_batch": CodeBatchPlan,
     "place_batch": PlaceBatchPlan, "field_linear": FieldPlan, "code_linear": CodePlan,
     "code_prefill": PrefillPlan,
@@ -175,6 +177,8 @@ def _fits(
         return code_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, PlaceBatchPlan):
         return place_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
+    if isinstance(plan, StreamPlan):
+        return stream_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, BatchPlan):
         return batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, SparsePlan):
@@ -215,6 +219,7 @@ def candidates(
         plans += sparse_plans(layout, uniform, scale_bytes, tokens, device)
     if tokens > 4:
         plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
+        plans += stream_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += place_batch_plans(layout, uniform, scale_bytes, tokens, device)[:6]
         plans += code_plans(layout, uniform, scale_bytes, tokens, device)[:8]
