@@ -49,64 +49,58 @@ struct Arguments {
 // d += A x, 64 rows by N tokens by 16 inputs; see multiply_add of hopper.cuh. The numbers of a row are the same two
 // in turn, a[0] and a[2] of rows g, a[1] and a[3] of rows g + 8. Places are in the words of lanes 0 and 1 of every four, or 2 and 3.
 template <int N, int PLACES_OF>
-DEVICE void multiply_add_places(float (&d)[N / 2], const u32 (&a)[4], u32 x, u32 places);
-template <> DEVICE void multiply_add_places<16, 0>(float (&d)[8], const u32 (&a)[4], u32 x, u32 places) {
-  asm volatile("{ .reg .b64 x; mov.b64 x, {%12, %13};\n"
-    "wgmma.mma_async.sp.sync.aligned.m64n16k32.f32.f16.f16 {"
+DEVICE void multiply_add_places(float (&d)[N / 2], const u32 (&a)[4], u64 x, u32 places);
+template <> DEVICE void multiply_add_places<16, 0>(float (&d)[8], const u32 (&a)[4], u64 x, u32 places) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n16k32.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7"
-    "}, {%8, %9, %10, %11}, x, %14, 0, 1, 1, 1, 0; }"
+    "}, {%8, %9, %10, %11}, %12, %13, 0, 1, 1, 1, 0;"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(PLACES_STRIDES), "r"(places));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(places));
 }
-template <> DEVICE void multiply_add_places<16, 1>(float (&d)[8], const u32 (&a)[4], u32 x, u32 places) {
-  asm volatile("{ .reg .b64 x; mov.b64 x, {%12, %13};\n"
-    "wgmma.mma_async.sp.sync.aligned.m64n16k32.f32.f16.f16 {"
+template <> DEVICE void multiply_add_places<16, 1>(float (&d)[8], const u32 (&a)[4], u64 x, u32 places) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n16k32.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7"
-    "}, {%8, %9, %10, %11}, x, %14, 1, 1, 1, 1, 0; }"
+    "}, {%8, %9, %10, %11}, %12, %13, 1, 1, 1, 1, 0;"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(PLACES_STRIDES), "r"(places));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(places));
 }
-template <> DEVICE void multiply_add_places<32, 0>(float (&d)[16], const u32 (&a)[4], u32 x, u32 places) {
-  asm volatile("{ .reg .b64 x; mov.b64 x, {%20, %21};\n"
-    "wgmma.mma_async.sp.sync.aligned.m64n32k32.f32.f16.f16 {"
+template <> DEVICE void multiply_add_places<32, 0>(float (&d)[16], const u32 (&a)[4], u64 x, u32 places) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n32k32.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-    "}, {%16, %17, %18, %19}, x, %22, 0, 1, 1, 1, 0; }"
+    "}, {%16, %17, %18, %19}, %20, %21, 0, 1, 1, 1, 0;"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(PLACES_STRIDES), "r"(places));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(places));
 }
-template <> DEVICE void multiply_add_places<32, 1>(float (&d)[16], const u32 (&a)[4], u32 x, u32 places) {
-  asm volatile("{ .reg .b64 x; mov.b64 x, {%20, %21};\n"
-    "wgmma.mma_async.sp.sync.aligned.m64n32k32.f32.f16.f16 {"
+template <> DEVICE void multiply_add_places<32, 1>(float (&d)[16], const u32 (&a)[4], u64 x, u32 places) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n32k32.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-    "}, {%16, %17, %18, %19}, x, %22, 1, 1, 1, 1, 0; }"
+    "}, {%16, %17, %18, %19}, %20, %21, 1, 1, 1, 1, 0;"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(PLACES_STRIDES), "r"(places));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(places));
 }
-template <> DEVICE void multiply_add_places<64, 0>(float (&d)[32], const u32 (&a)[4], u32 x, u32 places) {
-  asm volatile("{ .reg .b64 x; mov.b64 x, {%36, %37};\n"
-    "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16 {"
+template <> DEVICE void multiply_add_places<64, 0>(float (&d)[32], const u32 (&a)[4], u64 x, u32 places) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-    "}, {%32, %33, %34, %35}, x, %38, 0, 1, 1, 1, 0; }"
+    "}, {%32, %33, %34, %35}, %36, %37, 0, 1, 1, 1, 0;"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(PLACES_STRIDES), "r"(places));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(places));
 }
-template <> DEVICE void multiply_add_places<64, 1>(float (&d)[32], const u32 (&a)[4], u32 x, u32 places) {
-  asm volatile("{ .reg .b64 x; mov.b64 x, {%36, %37};\n"
-    "wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16 {"
+template <> DEVICE void multiply_add_places<64, 1>(float (&d)[32], const u32 (&a)[4], u64 x, u32 places) {
+  asm volatile("wgmma.mma_async.sp.sync.aligned.m64n64k32.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-    "}, {%32, %33, %34, %35}, x, %38, 1, 1, 1, 1, 0; }"
+    "}, {%32, %33, %34, %35}, %36, %37, 1, 1, 1, 1, 0;"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
       "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
       "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(PLACES_STRIDES), "r"(places));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(places));
 }
 
 DEVICE void fetch(const Arguments& p, int unit, int last, u32 ring, u32 full, u32 empty) {
@@ -196,13 +190,14 @@ DEVICE void multiply_all(Operand& by, float (&d)[SUMS], u32 stage) {
   }
   asm volatile("" : "+r"(by.others[0]), "+r"(by.others[1]), "+r"(by.others[2]), "+r"(by.others[3]));
   const u32 x = x_descriptor(stage);
+  const u64 first = (u64)PLACES_STRIDES << 32 | x;
   products_begin();
 #pragma unroll
   for (int i = 0; i < 4; i++)   // half and middle two bits
 #pragma unroll
     for (int c = 0; c < COUPLES; c++) {
-      multiply_add_places<TOKENS, 0>(d, by.numbers[c], x + i * (PRODUCT_BYTES >> 4), by.places[c][i]);
-      multiply_add_places<TOKENS, 1>(d, by.numbers[c], x + (4 + i) * (PRODUCT_BYTES >> 4), by.places[c][i]);
+      multiply_add_places<TOKENS, 0>(d, by.numbers[c], first + i * (PRODUCT_BYTES >> 4), by.places[c][i]);
+      multiply_add_places<TOKENS, 1>(d, by.numbers[c], first + (4 + i) * (PRODUCT_BYTES >> 4), by.places[c][i]);
     }
   multiply_add<TOKENS>(d, by.others, x + (X_SUMS >> 4));
   products_commit();
@@ -288,11 +283,7 @@ place_batch(const __grid_constant__ Arguments p) {
       give_sums(p.shares, sum, blockIdx.x * (GROUPS * 4) + warp);
       continue;
     }
-    // The blocks behind this one have what follows, one after the other.
-    for (int have = item.end, c = blockIdx.x + 1; have < slices; c++) {
-      take_sums(p.shares, sum, c * (GROUPS * 4) + warp);
-      have += p.shares.share + (c < p.shares.extra);
-    }
+    take_sums(p.shares, sum, warp, GROUPS * 4, item.end, slices);
 #pragma unroll
     for (int t = 0; t < TALL; t++)
       store_results(p.results, sum[t], item.tile * ROWS + tile_of(t) * 16, factors, shared + STAGES * STAGE_BYTES + warp * RESULT_BYTES);

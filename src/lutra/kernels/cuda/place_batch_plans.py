@@ -8,13 +8,15 @@ from functools import cache
 
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import Layout
-from lutra.kernels.cuda.prefill_plans import arrange_held
 
 PLACE_BATCH_TOKENS = (16, 32, 64)  # widths that are compiled
 LEAST_TOKENS = 5  # fewer have kernels of their own
 # Most warpgroups of a block whose registers suffice, by their blocks of 64 rows and by tokens.
 MOST_GROUPS = {(1, 16): 4, (1, 32): 4, (1, 64): 3, (2, 16): 3, (2, 32): 3, (2, 64): 2}
 LEAST_STAGES, MOST_STAGES = 3, 10
+MOST_HELD = 2  # slices of a warp of `place_arrange.cu`, of which a block has 32 at most
+ARRANGE_BLOCKS = 8  # of a cluster
+ARRANGE_TOKENS = 4  # of a cluster
 RESERVED_BYTES = 1024  # barriers and factors, which the kernel declares itself
 # Clocks of a processor for a slice of 64 rows and two planes: products; all else, which is hidden
 # behind the products of other warpgroups.
@@ -81,6 +83,18 @@ def places_bytes(layout: Layout, tokens: int) -> int:
     return layout.items * 2 * tokens * (512 + 32)
 
 
+def places_held(layout: Layout) -> int:
+    """Slices that a warp of `place_arrange.cu` takes."""
+    return -(-layout.items * 2 // (ARRANGE_BLOCKS * 32))
+
+
+def places_grid(layout: Layout, tokens: int) -> tuple[int, int, int]:
+    """Blocks of `place_arrange.cu`, threads of a block, and blocks of a cluster."""
+    slices, held = layout.items * 2, places_held(layout)
+    cluster = min(ARRANGE_BLOCKS, slices)
+    return tokens // ARRANGE_TOKENS * cluster, -(-slices // (cluster * held)) * 32, cluster
+
+
 def place_batch_shared_bytes(plan: PlaceBatchPlan, layout: Layout) -> int:
     """Shared memory of a block: its ring, and results of each warp."""
     stage = plan.tokens * (512 + 32) + plan.rows // 16 * (layout.bits * 256 + layout.slots * 32)
@@ -98,7 +112,7 @@ def place_batch_fits(
         and 2 <= layout.bits <= 4
         and layout.group >= 128
         and scale_bytes == 2
-        and arrange_held(layout) > 0
+        and places_held(layout) <= MOST_HELD
         and tokens <= plan.tokens in PLACE_BATCH_TOKENS
         and 2 <= plan.groups <= MOST_GROUPS.get((plan.tall, plan.tokens), 0)
         and plan.stages >= LEAST_STAGES

@@ -34,6 +34,8 @@ from lutra.kernels.cuda.place_batch_plans import (
     place_batch_sums,
     place_batch_work,
     places_bytes,
+    places_grid,
+    places_held,
 )
 from lutra.kernels.cuda.plans import (
     DENSE_WORKSPACE_BYTES,
@@ -335,7 +337,7 @@ def place_batch_defines(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Compile-time parameters of `place_arrange.cu` and `place_batch.cu`."""
     both = format_defines(layout, False, scale, x) | {"TOKENS": plan.tokens}
-    return both | {"HELD": arrange_held(layout)}, both | {
+    return both | {"HELD": places_held(layout)}, both | {
         "GROUPS": plan.groups, "TALL": plan.tall, "STAGES": plan.stages,
     }
 
@@ -716,13 +718,13 @@ def place_batch_linear(
     arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
     factors = torch.empty(plan.tokens + flags, dtype=torch.float32, device=x.device)
     partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-    blocks = arrange_blocks(layout)
+    blocks, threads, cluster = places_grid(layout, plan.tokens)
     arrange(
         _PrefillArrangeArguments(
             x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), tokens,
             layout.inputs, slices, flags,
         ),
-        (plan.tokens // 8 * blocks, 1, 1), 256, blocks,
+        (blocks, 1, 1), threads, cluster,
     )
     arguments = _PlaceBatchArguments(
         *_weight_boxes(plan.rows // 16, planes, scales, layout), arranged.data_ptr(),

@@ -42,7 +42,7 @@ struct Place {
   }
 };
 
-// Sums of a warp for the block that has the first inputs of its rows, and from one that has others.
+// Sums of a warp for the block that has the first inputs of its rows.
 DEVICE void give_sums(const Shares& p, const float (&sum)[TALL][SUMS], int warp) {
   const int lane = threadIdx.x & 31;
   float4* to = p.partial + (long long)warp * (TALL * SUMS / 4 * 32) + lane;
@@ -54,24 +54,38 @@ DEVICE void give_sums(const Shares& p, const float (&sum)[TALL][SUMS], int warp)
   __syncwarp();
   if (lane == 0) asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.u32 [%0], 1;" :: "l"(p.flags + warp) : "memory");
 }
-DEVICE void take_sums(const Shares& p, float (&sum)[TALL][SUMS], int warp) {
+// From those behind a block that have the other slices of its rows, from `have` on.
+DEVICE void take_sums(const Shares& p, float (&sum)[TALL][SUMS], int warp, int warps, int have, int slices) {
   const int lane = threadIdx.x & 31;
-  const float4* from = p.partial + (long long)warp * (TALL * SUMS / 4 * 32) + lane;
-  u32 given;
-  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(given) : "l"(p.flags + warp) : "memory");
-  while (!__shfl_sync(~0u, given, 0));
+  int block = blockIdx.x + 1;
+#pragma unroll 1
+  while (have < slices) {
+    // As many as have them, but no more than lanes, which look for one each.
+    int givers = 0;
+    for (; have < slices && givers < 32; givers++) have += p.share + (block + givers < p.extra);
+    const u32* flag = p.flags + (block + lane) * warps + warp;
+    u32 given = lane >= givers;
+    do
+      if (!given) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(given) : "l"(flag) : "memory");
+    while (!__all_sync(~0u, given));
+    __syncwarp();   // what one lane has seen, all have
+    const float4* from = p.partial + (long long)(block * warps + warp) * (TALL * SUMS / 4 * 32) + lane;
+#pragma unroll 4
+    for (int i = 0; i < givers; i++, from += warps * (TALL * SUMS / 4 * 32))
 #pragma unroll
-  for (int t = 0; t < TALL; t++)
+      for (int t = 0; t < TALL; t++)
 #pragma unroll
-    for (int i = 0; i < SUMS; i += 4) {
-      float4 v;
-      asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from + (t * SUMS + i) * 8) : "memory");
-      sum[t][i] += v.x;
-      sum[t][i + 1] += v.y;
-      sum[t][i + 2] += v.z;
-      sum[t][i + 3] += v.w;
-    }
+        for (int j = 0; j < SUMS; j += 4) {
+          float4 v;
+          asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                       : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from + (t * SUMS + j) * 8));
+          sum[t][j] += v.x;
+          sum[t][j + 1] += v.y;
+          sum[t][j + 2] += v.z;
+          sum[t][j + 3] += v.w;
+        }
+    block += givers;
+  }
 }
 
 DEVICE u32 y_pair(float low, float high) {
