@@ -20,6 +20,7 @@ from lutra.kernels.cuda.batch_plans import BatchPlan, batch_plans, batch_sizes
 from lutra.kernels.cuda.code_batch_plans import (
     code_batch_blocks,
     code_batch_plans,
+    code_batch_row_blocks,
     code_batch_shared_bytes,
 )
 from lutra.kernels.cuda.launch import TYPICAL_CARDS, Card
@@ -137,7 +138,10 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
                 assert bool(blocks) == (takes and shape[1] <= 65536)
                 for block in blocks:
                     assert code_batch_shared_bytes(block, uniform) < card.shared_bytes
-                    assert code_batch_blocks(block, uniform) * block.rows >= shape[0]
+                    assert code_batch_row_blocks(block, uniform) * block.rows >= shape[0]
+                    assert code_batch_blocks(block, uniform, card) <= (
+                        code_batch_row_blocks(block, uniform) * block.cluster
+                    )
                 for prefill in prefill_plans(layout, False, 2, tokens, card):
                     assert prefill_shared_bytes(prefill, layout, False) < card.shared_bytes
                     assert prefill_fits(prefill, layout, False, 2, tokens, card)

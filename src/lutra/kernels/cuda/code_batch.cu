@@ -5,23 +5,24 @@
 // cut from the plane words in registers, the A operand; x is B. With few tokens the products of a slice
 // are added to the sums, times the unit; with more the accumulators are the sums, in the unit of the current
 // group, and are multiplied with unit_before / unit_now at a new one. The offsets times the sums of x over
-// each slice are a product of their own at the end (prefill.cuh).
+// each slice are a product of their own (prefill.cuh) ahead of every CHUNK slices; from the scales of these, a
+// lane finds the units, or their ratios, of one slice in four, and leaves them in shared memory for the others.
 //
-// A block has GROUPS warpgroups of TALL x 64 rows each, of which K_GROUPS share the same rows and take slices
-// in turn; one more (of it, one thread) fetches weights, scales and x into a ring. While the tensor core
-// multiplies with one set of codes, a warpgroup cuts the next: those of its other 64 rows, or of the next slice.
-// With SHARE 2, the two blocks of a cluster take different rows and fetch half of x for each other; else the
-// blocks of a cluster split the inputs. Sums are added in a fixed order: two runs give the same bits.
+// A block has GROUPS warpgroups of TALL x 64 rows each; one more (of it, one thread) fetches weights, scales and
+// x into a ring. While the tensor core multiplies with one set of codes, a warpgroup cuts the next: those of its
+// other 64 rows, or of the next slice; the words of the set after that are in registers by then. Without SPLIT, a
+// block takes one block of rows after the other, and its ring runs on from one to the next. With SPLIT, inputs are
+// split between the blocks of a cluster, and in a block between K_GROUPS sets of warpgroups that have the same
+// rows; their sums meet in shared memory. Sums are added in a fixed order: two runs give the same bits.
 //
-// -D: TOKENS 8|16|32|64, GROUPS 2 to 4, K_GROUPS, TALL 1|2, STAGES, SHARE 1|2.
-// Grid: cluster size * row blocks (SHARE 1), or row blocks, rounded up to a multiple of 2.
+// -D: TOKENS 8|16|32|64, GROUPS 2 to 3, K_GROUPS, TALL 1|2, STAGES, SPLIT 0|1.
+// Grid: SPLIT: cluster size * row blocks, else as many blocks as the card has processors, or fewer.
 
 #include "prefill.cuh"
 
 struct Arguments {
   TensorMap planes;        // [tiles][slices * words of a slice], see common.cuh; boxes: TILES slices
-  TensorMap scales;        // [tiles][groups * words of a group]; boxes: TILES groups
-  const char* scales_at;
+  TensorMap scales;        // [tiles][groups * words of a group]; boxes: TILES x CHUNK groups
   const char* arranged;    // see prefill.cuh
   const float* factors;
   const u16* bias;         // [rows] in the type of x, or null
@@ -29,24 +30,26 @@ struct Arguments {
   long long y_stride;
   int rows, tokens;        // tokens <= TOKENS
   int tiles, items, groups, items_per_group;
+  int row_blocks;
 };
 
 constexpr int ROW_GROUPS = GROUPS / K_GROUPS, ROWS = ROW_GROUPS * TALL * 64;
 constexpr int THREADS = GROUPS * 128 + 128;
-constexpr int FETCH_REGISTERS = 24;
+constexpr int FETCH_REGISTERS = K_GROUPS > 2 ? 40 : 32;
 constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;   // of a thread, as launched: what the compiler takes
 constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (GROUPS + 1) - FETCH_REGISTERS) / GROUPS / 8 * 8;
 constexpr bool FRESH = TOKENS <= (TALL == 2 ? 32 : 16);   // products are added to the sums; needs registers
 constexpr int GROUP_SCALE_BYTES = 16 * SLOTS * 2;     // of 16 rows
 constexpr int TILES = ROWS / 16;                      // of 16 rows; a warp has one
 constexpr int PLANES = TILES * SLICE_BYTES;           // bytes of one slice in the ring
-constexpr int SCALES = TILES * GROUP_SCALE_BYTES;
-constexpr int SHARE_BYTES = X_BYTES + PLANES + SCALES;   // one slice of a stage, which has K_GROUPS
-constexpr int STAGE_BYTES = K_GROUPS * SHARE_BYTES;
+constexpr int CHUNK = 16, CHUNK_BYTES = TERMS * TOKENS * 32;   // slices, and their sums of x: TERMS steps
+constexpr int KEPT_BYTES = CHUNK * GROUP_SCALE_BYTES;  // scales of a chunk and 16 rows; as much for what is made of them
+constexpr int SLICE_STAGE = X_BYTES + PLANES, CHUNK_STAGE = CHUNK_BYTES + TILES * KEPT_BYTES;
+constexpr int SHARE_BYTES = SLICE_STAGE > CHUNK_STAGE ? SLICE_STAGE : CHUNK_STAGE;
+constexpr int STAGE_BYTES = K_GROUPS * SHARE_BYTES;   // a slice or a chunk of every share of the inputs
 constexpr int SUMS = TOKENS / 2;                      // of a lane
 constexpr int PITCH = ROWS + 4;                       // of sums in shared memory
-constexpr float SUMS_UNIT = 1.f / 65536.f;            // of the product with the sums of x
-constexpr int AT_ONCE = TALL == 1 ? 4 : 2;            // parts of sums whose terms are in registers
+constexpr float EACH = 65536.f * 4.f / (1 << BITS);   // products of alpha 1, in units of those with the sums of x
 constexpr float LEAST = 8.6736174e-19f;               // unit of a group whose scale is 0
 
 // d = A x, as multiply_add of hopper.cuh.
@@ -83,45 +86,27 @@ template <int N> DEVICE void multiply_step(float (&d)[N / 2], const u32 (&a)[4],
   multiply_add<N>(d, a, x);
 }
 
-// A copy that arrives at the same place in both blocks of a cluster.
-DEVICE void copy_to_both(u32 shared, const void* global, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-               "[%0], [%1], %2, [%3], %4;"
-               :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"((u16)3) : "memory");
-}
-
 DEVICE void group_barrier() { asm volatile("bar.sync 1, %0;" :: "n"(GROUPS * 128) : "memory"); }
 
-// What the sums of x are multiplied with: see prefill.cuh. Alphas and offsets of rows g and g + 8 and of the
-// slices that a lane has in a part of the sums.
-struct Terms {
-  uint2 pairs[16 / TERMS];
-
-  DEVICE void load(const Arguments& p, const char* scales, int first) {   // of a tile; of a part
+// What the sums of x are multiplied with: see prefill.cuh. `pairs`: alphas and offsets of rows g and g + 8 and of
+// slices 4 i + lane % 4 of a chunk.
+DEVICE void chunk_terms(u32 (&a)[TERMS][4], const uint2 (&pairs)[4]) {
 #pragma unroll
-    for (int i = 0; i < 16 / TERMS; i++) {
-      const int slice = first + 4 * i, group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
-      pairs[i] = slice < p.items * 2 ? *(const uint2*)(scales + group * GROUP_SCALE_BYTES) : make_uint2(0, 0);
+  for (int j = 0; j < TERMS; j++) {
+    if (TERMS == 4) {
+      a[j][0] = __byte_perm(pairs[j].y, 0, 0x1010);
+      a[j][1] = __byte_perm(pairs[j].y, 0, 0x3232);
+      a[j][2] = __byte_perm(pairs[j].x, 0, 0x1010);
+      a[j][3] = __byte_perm(pairs[j].x, 0, 0x3232);
+    } else {
+      const uint2 here = pairs[2 * j % 4], next = pairs[(2 * j + 1) % 4];
+      a[j][0] = __byte_perm(here.y, here.x, 0x5410);
+      a[j][1] = __byte_perm(here.y, here.x, 0x7632);
+      a[j][2] = __byte_perm(next.y, next.x, 0x5410);
+      a[j][3] = __byte_perm(next.y, next.x, 0x7632);
     }
   }
-  DEVICE void order(u32 (&a)[4][4]) const {
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (TERMS == 4) {
-        a[j][0] = __byte_perm(pairs[j].y, 0, 0x1010);
-        a[j][1] = __byte_perm(pairs[j].y, 0, 0x3232);
-        a[j][2] = __byte_perm(pairs[j].x, 0, 0x1010);
-        a[j][3] = __byte_perm(pairs[j].x, 0, 0x3232);
-      } else {
-        const uint2 here = pairs[2 * j % (16 / TERMS)], next = pairs[(2 * j + 1) % (16 / TERMS)];
-        a[j][0] = __byte_perm(here.y, here.x, 0x5410);
-        a[j][1] = __byte_perm(here.y, here.x, 0x7632);
-        a[j][2] = __byte_perm(next.y, next.x, 0x5410);
-        a[j][3] = __byte_perm(next.y, next.x, 0x7632);
-      }
-    }
-  }
-};
+}
 
 DEVICE void rescale(float (&sum)[SUMS], float2 ratio) {   // of rows g and g + 8
 #pragma unroll
@@ -137,11 +122,10 @@ DEVICE void rescale(float (&sum)[SUMS], float2 ratio) {   // of rows g and g + 8
 struct Words {
   u32 low[BITS], high[BITS];
 
-  DEVICE void load(u32 planes, int lane) {   // address in shared memory
+  DEVICE void load(u32 planes) {   // address in shared memory, of the lane
 #pragma unroll
     for (int q = 0; q < BITS; q++)
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(low[q]), "=r"(high[q]) : "r"(planes + q * 256 + lane * 8));
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(low[q]), "=r"(high[q]) : "r"(planes + q * 256));
   }
   DEVICE void cut(u32 (&a)[8][4]) const {
     Fields fields[2];
@@ -157,105 +141,191 @@ struct Words {
   }
 };
 
-DEVICE float2 load_unit(u32 scales, int lane) {   // of rows g and g + 8, from a tile's scales
-  const u32 alpha = load_word(scales + (lane >> 2) * (4 * SLOTS));
+DEVICE float2 unit_of(u32 alpha) {   // of rows g and g + 8
   float2 u = make_float2(half_to_float((u16)alpha), half_to_float((u16)(alpha >> 16)));
-  if (FRESH) return u;
+  if (FRESH) return make_float2(u.x * EACH, u.y * EACH);
   u.x = fabsf(u.x) < LEAST ? LEAST : u.x;
   u.y = fabsf(u.y) < LEAST ? LEAST : u.y;
   return u;
 }
+DEVICE uint2 load_pair(u32 shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
+  return v;
+}
+
+// The slices of a share of the inputs, in the order in which they go round. Ahead of the first of a chunk, and of
+// those that the share has, come the sums of x of the chunk and its scales.
+struct Walk {
+  int begin, end, slice;   // slice: the next
+
+  DEVICE bool chunk_ends() const { return (slice + 1) % CHUNK == 0 || slice + 1 == end; }
+  DEVICE void next() { slice = slice + 1 == end ? begin : slice + 1; }
+};
+DEVICE int chunks_between(int begin, int end) {
+  return end > begin ? (end + CHUNK - 1) / CHUNK - begin / CHUNK : 0;
+}
+// Share `k` of the inputs of a block.
+DEVICE Walk walk_of(int slices, u32 part, u32 parts, int k, int row_block) {
+  const int begin = slices * (int)part / (int)parts, count = slices * (int)(part + 1) / (int)parts - begin;
+  Walk walk = {begin + count * k / K_GROUPS, begin + count * (k + 1) / K_GROUPS, 0};
+  // Blocks of other rows begin elsewhere, so that they do not all ask for the same x at once.
+  walk.slice = SPLIT ? walk.begin : row_block * 7 % ((slices + CHUNK - 1) / CHUNK) * CHUNK;
+  return walk;
+}
+// The group of a slice, and where its scales lie among those of a chunk.
+DEVICE int group_of(const Arguments& p, int slice) { return GROUP == 256 ? slice / 2 / p.items_per_group : slice; }
+
+// What comes next of every share of the inputs. Shares that end early have nothing to fetch.
+struct Fetcher {
+  Walk walk[K_GROUPS];
+  bool chunk[K_GROUPS];   // a chunk's sums and scales come next
+  int left[K_GROUPS];     // slices
+  int row_block, stage_left;
+
+  template <bool WEIGHTS, bool X>
+  DEVICE void fetch(const Arguments& p, u32 stage, u32 barrier) {
+    if (WEIGHTS) {
+      int bytes = 0;
+#pragma unroll
+      for (int k = 0; k < K_GROUPS; k++) bytes += chunk[k] ? CHUNK_STAGE : left[k] ? SLICE_STAGE : 0;
+      barrier_expect(barrier, bytes);
+    }
+#pragma unroll
+    for (int k = 0; k < K_GROUPS; k++) {
+      const u32 at = stage + k * SHARE_BYTES;
+      Walk& here = walk[k];
+      if (chunk[k]) {
+        const int number = here.slice / CHUNK;
+        if (X) copy_bulk(at, p.arranged + (long long)p.items * (2 * X_BYTES) + number * (long long)CHUNK_BYTES, CHUNK_BYTES, barrier);
+        if (WEIGHTS)
+          copy_box(at + CHUNK_BYTES, p.scales, group_of(p, number * CHUNK) * (GROUP_SCALE_BYTES / 4), row_block * TILES, barrier);
+        chunk[k] = false;
+      } else if (left[k]) {
+        if (X) copy_bulk(at, p.arranged + (long long)here.slice * X_BYTES, X_BYTES, barrier);
+        if (WEIGHTS) copy_box(at + X_BYTES, p.planes, here.slice * (SLICE_BYTES / 4), row_block * TILES, barrier);
+        left[k]--;
+        chunk[k] = left[k] && here.chunk_ends();
+        here.next();
+      }
+    }
+  }
+  DEVICE void begin_block(const Arguments& p, int block, int slices, u32 part, u32 parts) {
+    row_block = block;
+    stage_left = 0;
+#pragma unroll
+    for (int k = 0; k < K_GROUPS; k++) {
+      walk[k] = walk_of(slices, part, parts, k, blockIdx.x / parts);
+      left[k] = walk[k].end - walk[k].begin;
+      chunk[k] = left[k];
+      stage_left = max(stage_left, left[k] + chunks_between(walk[k].begin, walk[k].end));
+    }
+  }
+};
+
+// The results of two tokens and rows g, g + 8 become those of one token and four rows.
+DEVICE u32 transpose(u32 a) {
+  u32 d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+DEVICE u32 x_pair(float low, float high) { return X_BF16 ? (u32)float_to_bf16(low) | (u32)float_to_bf16(high) << 16 : half_pair(low, high); }
+
+// Writes the sums of a warp's 16 rows.
+DEVICE void store_results(const Arguments& p, const float (&sum)[SUMS], const float* factors, int row, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  float bias[2] = {0.f, 0.f};
+  if (p.bias) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      if (row + g + 8 * h < p.rows) bias[h] = x_to_float(p.bias[row + g + 8 * h]);
+  }
+  const bool pairs = (((u64)p.y | (u64)p.y_stride << 1) & 3) == 0;
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; j++) {
+    const float2 f = *(const float2*)(factors + 8 * j + 2 * t);
+    u32 out[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      out[h] = transpose(x_pair(fmaf(sum[4 * j + 2 * h], f.x, bias[h]), fmaf(sum[4 * j + 2 * h + 1], f.y, bias[h])));
+    const int token = 8 * j + g;
+    if (token >= p.tokens) continue;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int at = row + 8 * h + 2 * t;
+      u16* y = p.y + token * p.y_stride + at;
+      if (pairs && at + 2 <= p.rows) {
+        *(u32*)y = out[h];
+      } else {
+        if (at < p.rows) y[0] = (u16)out[h];
+        if (at + 1 < p.rows) y[1] = (u16)(out[h] >> 16);
+      }
+    }
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 code_batch(const __grid_constant__ Arguments p) {
-  extern __shared__ __align__(128) char shared[];   // the ring, later sums [K_GROUPS][TOKENS][PITCH]
+  // The ring, later sums [K_GROUPS][TOKENS][PITCH]; behind the ring, [warps][TALL][CHUNK][8 g] units or ratios.
+  extern __shared__ __align__(128) char shared[];
   __shared__ __align__(8) u64 barriers[2 * STAGES];
-  __shared__ float factors[TOKENS];
+  __shared__ __align__(8) float factors[TOKENS];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);   // uniform
-  const u32 parts = SHARE == 1 ? cluster_size() : 1, part = SHARE == 1 ? cluster_rank() : 0;
-  const int slices = p.items * 2, sum_parts = (slices + PART_SLICES - 1) / PART_SLICES;
-  const int begin = slices * (int)part / (int)parts, count = slices * (int)(part + 1) / (int)parts - begin;
-  const int sums_begin = sum_parts * part / parts, sums_count = sum_parts * (part + 1) / parts - sums_begin;
-  const int steps = (count + K_GROUPS - 1) / K_GROUPS, stages = steps + (sums_count + K_GROUPS - 1) / K_GROUPS;
+  const u32 parts = SPLIT ? cluster_size() : 1, part = SPLIT ? cluster_rank() : 0;
+  const int slices = p.items * 2, first_block = blockIdx.x / parts, block_step = gridDim.x / parts;
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const u32 ring = shared_address(shared);
-  const int row_block = blockIdx.x / parts;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, GROUPS * 4 * SHARE);
+      barrier_init(empty + 8 * s, GROUPS * 4);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  if (SHARE > 1) cluster_sync(); else __syncthreads();
+  __syncthreads();
   let_next_kernel_start();
 
   if (warp >= GROUPS * 4) {
     give_registers<FETCH_REGISTERS>();
     if (warp == GROUPS * 4 && lane == 0) {   // the fetching thread
-      // Blocks of other rows begin elsewhere, so that they do not all ask for the same x at once.
-      const int first = row_block / SHARE * 7 % steps;
-      auto slice_of = [&](int n, int k) {
-        return (first + n < steps ? first + n : first + n - steps) * K_GROUPS + k;   // of the block's
-      };
-      auto fetch_weights = [&](int n) {
-        const u32 stage = ring + n % STAGES * STAGE_BYTES, barrier = full + 8 * (n % STAGES);
-        int bytes = 0;
-#pragma unroll
-        for (int k = 0; k < K_GROUPS; k++)
-          bytes += n < steps ? (slice_of(n, k) < count ? SHARE_BYTES : 0)
-                             : (n - steps) * K_GROUPS + k < sums_count ? PART_BYTES : 0;
-        barrier_expect(barrier, bytes);
-        if (n >= steps) return;
-#pragma unroll
-        for (int k = 0; k < K_GROUPS; k++) {
-          const int slice = begin + slice_of(n, k);
-          if (slice >= begin + count) continue;
-          const int group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
-          const u32 at = stage + k * SHARE_BYTES + X_BYTES;
-          copy_box(at, p.planes, slice * (SLICE_BYTES / 4), row_block * TILES, barrier);
-          copy_box(at + PLANES, p.scales, group * (GROUP_SCALE_BYTES / 4), row_block * TILES, barrier);
-        }
-      };
-      auto fetch_x = [&](int n) {
-        const u32 stage = ring + n % STAGES * STAGE_BYTES, barrier = full + 8 * (n % STAGES);
-#pragma unroll
-        for (int k = 0; k < K_GROUPS; k++) {
-          const int at = n < steps ? slice_of(n, k) : (n - steps) * K_GROUPS + k;
-          if (at >= (n < steps ? count : sums_count)) continue;
-          const char* x = n < steps ? p.arranged + (long long)(begin + at) * X_BYTES
-                                    : p.arranged + (long long)slices * X_BYTES + (sums_begin + at) * PART_BYTES;
-          const int size = n < steps ? X_BYTES : PART_BYTES;
-          if (SHARE > 1) {
-            const int half = cluster_rank() * (size / 2);
-            copy_to_both(stage + k * SHARE_BYTES + half, x + half, size / 2, barrier);
+      // Weights that are ahead of the wait for the kernel before this one, then their x, then both.
+      Fetcher fetcher;
+      fetcher.begin_block(p, first_block, slices, part, parts);
+      int early = min(STAGES, fetcher.stage_left);
+      for (int n = 0; n < early; n++) fetcher.fetch<true, false>(p, ring + n * STAGE_BYTES, full + 8 * n);
+      wait_for_previous_kernel();
+      fetcher.begin_block(p, first_block, slices, part, parts);
+      int stage = 0;
+      u32 parity = 1;   // stages are free at first
+      for (int block = first_block; block < p.row_blocks; block += block_step) {
+        if (block != first_block) fetcher.begin_block(p, block, slices, part, parts);
+        for (; fetcher.stage_left; fetcher.stage_left--) {
+          const u32 at = ring + stage * STAGE_BYTES, filled = full + 8 * stage;
+          if (early) {
+            early--;
+            fetcher.fetch<false, true>(p, at, filled);
           } else {
-            copy_bulk(stage + k * SHARE_BYTES, x, size, barrier);
+            barrier_wait(filled + 8 * STAGES, parity);
+            fetcher.fetch<true, true>(p, at, filled);
+          }
+          if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
           }
         }
-      };
-      for (int n = 0; n < min(STAGES, stages); n++) fetch_weights(n);
-      wait_for_previous_kernel();
-      for (int n = 0; n < min(STAGES, stages); n++) fetch_x(n);
-      for (int n = STAGES; n < stages; n++) {
-        barrier_wait(empty + 8 * (n % STAGES), (n / STAGES - 1) & 1);
-        fetch_weights(n);
-        fetch_x(n);
       }
     }
     __syncwarp();
-    cluster_sync();
-    cluster_sync();
+    if (SPLIT) {
+      cluster_sync();
+      cluster_sync();
+    }
     return;
   }
   take_registers<MULTIPLY_REGISTERS>();
-  float sum[TALL][SUMS];
-#pragma unroll
-  for (int t = 0; t < TALL; t++)
-#pragma unroll
-    for (int i = 0; i < SUMS; i++) sum[t][i] = 0.f;
   const int group = warp >> 2, k_group = group / ROW_GROUPS;
   auto tile_of = [&](int t) { return (group % ROW_GROUPS * TALL + t) * 4 + (warp & 3); };   // of the block's
+  float sum[TALL][SUMS];
   {
     // Addresses that go along are cheaper than a stage's number: those of a stage and of its barrier.
     struct Place {
@@ -271,28 +341,46 @@ code_batch(const __grid_constant__ Arguments p) {
       }
     };
     Place read = {ring + k_group * SHARE_BYTES, full, 0}, used = read;
+    Walk walk = walk_of(slices, part, parts, k_group, first_block), ahead = walk;   // of what is used, and read
+    const int count = walk.end - walk.begin;   // slices of a block of rows
+    const int blocks = SPLIT ? 1 : (p.row_blocks - first_block + block_step - 1) / block_step;
+    int unread = count * blocks;   // slices that are not cut
+    // What a lane adds to addresses, opaque, or the compiler would work it out again for each slice.
+    u32 words_at[TALL], kept = ring + STAGES * STAGE_BYTES + warp * (TALL * KEPT_BYTES) + (lane >> 2) * 8;
+#pragma unroll
+    for (int t = 0; t < TALL; t++) {
+      words_at[t] = X_BYTES + tile_of(t) * SLICE_BYTES + lane * 8;
+      asm volatile("" : "+r"(words_at[t]));
+    }
+    asm volatile("" : "+r"(kept));
     auto release = [&]() {
       __syncwarp();
-      if (SHARE > 1) {
-        if (lane < SHARE) barrier_arrive_at(used.filled + 8 * STAGES, lane);
-      } else if (lane == 0) {
-        barrier_arrive(used.filled + 8 * STAGES);
-      }
+      if (lane == 0) barrier_arrive(used.filled + 8 * STAGES);
       used.next(full);
     };
     u32 a[2][8][4];
-    float2 unit[TALL], next_unit[TALL];
+    Words words;   // read ahead of the products that run while they are cut
+    float2 unit[TALL];    // of the sums (of the last slice of the chunk), or of the products
+    float2 ratio[TALL];   // of the unit of the sums to that of the next slice
+    auto load = [&](int t) { words.load(read.stage + words_at[t]); };   // of tile t of the slice to be read
+    auto load_next = [&]() {
+      if (unread == 0) return;
+      barrier_wait(read.filled, read.parity);
+      load(0);
+    };
+    auto pass = [&]() {   // to the slice that is read next
+      read.next(full);
+      if (ahead.chunk_ends()) read.next(full);
+      ahead.next();
+      unread--;
+    };
+    auto cut = [&](u32 (&to)[8][4]) { words.cut(to); };
+    auto load_kept = [&](float2 (&to)[TALL], int slice) {
 #pragma unroll
-    for (int t = 0; t < TALL; t++) unit[t] = make_float2(1.f, 1.f);
-    auto cut = [&](u32 (&to)[8][4], int t) {   // tile t of the slice to be read
-      Words words;
-      const u32 at = read.stage + X_BYTES;
-      words.load(at + tile_of(t) * SLICE_BYTES, lane);
-      if (t == 0)
-#pragma unroll
-        for (int i = 0; i < TALL; i++)
-          next_unit[i] = load_unit(at + PLANES + tile_of(i) * GROUP_SCALE_BYTES, lane);
-      words.cut(to);
+      for (int t = 0; t < TALL; t++) {
+        const uint2 v = load_pair(kept + slice % CHUNK * GROUP_SCALE_BYTES + t * KEPT_BYTES);
+        to[t] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+      }
     };
     auto multiply_all = [&](auto& by, float (&d)[SUMS], u32 stage, bool first) {
       constexpr int STEPS = sizeof(by) / 16;
@@ -307,16 +395,16 @@ code_batch(const __grid_constant__ Arguments p) {
     };
     float product[TALL][SUMS];
     auto start = [&](int t, u32 (&by)[8][4]) {
-      if (t == 0) {   // all sums, before products with any are queued
+      if constexpr (FRESH) {
+        multiply_all(by, product[t], used.stage, true);
+        if (t == 0) load_kept(unit, walk.slice);
+      } else {
+        if (t == 0)   // all sums, before products with any are queued
 #pragma unroll
-        for (int i = 0; i < TALL; i++) {
-          if (!FRESH)
-            rescale(sum[i], make_float2(divide(unit[i].x, next_unit[i].x), divide(unit[i].y, next_unit[i].y)));
-          unit[i] = next_unit[i];
-        }
+          for (int i = 0; i < TALL; i++) rescale(sum[i], ratio[i]);
+        multiply_all(by, sum[t], used.stage, false);
+        if (t == TALL - 1) load_kept(ratio, walk.slice + 1);
       }
-      if constexpr (FRESH) multiply_all(by, product[t], used.stage, true);
-      else multiply_all(by, sum[t], used.stage, false);
     };
     auto finish = [&](int t) {   // after its products
       if constexpr (FRESH) {
@@ -334,86 +422,138 @@ code_batch(const __grid_constant__ Arguments p) {
         for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[t][i]));
       }
     };
-    auto wait = [&]() { barrier_wait(read.filled, read.parity); };
-    // The last step may have no slice for this warpgroup, if it is in turns that do not come out even.
-    const int first = row_block / SHARE * 7 % steps;
-    auto has = [&](int n) {
-      if (K_GROUPS == 1) return true;
-      return (first + n < steps ? first + n : first + n - steps) * K_GROUPS + k_group < count;
-    };
-    auto scales_of = [&](int t) {   // of all groups
-      const int of = min(row_block * TILES + tile_of(t), p.tiles - 1);
-      return p.scales_at + (long long)of * p.groups * GROUP_SCALE_BYTES;
-    };
-    wait();
-    if (has(0)) cut(a[0], 0);
-    auto step = [&](u32 (&now)[8][4], u32 (&other)[8][4], int n) {   // multiply with one, meanwhile cut the other
-      const bool more = n + 1 < steps;
-      if (has(n)) {
-        start(0, now);
-        if (TALL == 2) {
-          cut(other, 1);
-          start(1, other);
-          products_wait<1>();
-          finish(0);
-        }
+    auto clear = [&]() {
+#pragma unroll
+      for (int t = 0; t < TALL; t++) {
+        unit[t] = make_float2(1.f, 1.f);
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) sum[t][i] = 0.f;
       }
-      read.next(full);
-      if (more) {
-        wait();
-        if (has(n + 1)) cut(TALL == 2 ? now : other, 0);
+    };
+    auto step = [&](u32 (&now)[8][4], u32 (&other)[8][4]) {   // multiply with one, meanwhile cut the other
+      start(0, now);
+      if (TALL == 2) {
+        cut(other);
+        start(1, other);
+        pass();
+        load_next();
+        products_wait<1>();
+        finish(0);
+        if (unread > 0) {
+          cut(now);
+          load(1);
+        }
+      } else if (unread > 0) {
+        cut(other);
+        pass();
+        load_next();
       }
       products_wait<0>();
-      if (has(n)) finish(TALL - 1);
+      finish(TALL - 1);
+      release();
+      walk.next();
+    };
+    auto finish_sums = [&]() {   // to the unit of the results
+      if (!FRESH)
+#pragma unroll
+        for (int t = 0; t < TALL; t++) rescale(sum[t], make_float2(unit[t].x * EACH, unit[t].y * EACH));
+    };
+    // Ahead of slices `from` to `to` - 1 of a chunk: their units, and their offsets times the sums of x.
+    auto begin_chunk = [&](int number, int from, int to) {
+      u32 by[TALL][TERMS][4];
+      finish_sums();
+      barrier_wait(used.filled, used.parity);
+      __syncwarp();   // what was kept has been read
+#pragma unroll
+      for (int t = 0; t < TALL; t++) {
+        const u32 scales = used.stage + CHUNK_BYTES + tile_of(t) * KEPT_BYTES + (lane >> 2) * 8;
+        auto scales_of = [&](int of) {   // slice of the chunk
+          return scales + (GROUP == 256 ? group_of(p, number * CHUNK + of) - group_of(p, number * CHUNK) : of) * GROUP_SCALE_BYTES;
+        };
+        uint2 pairs[4];
+        float2 last = make_float2(0.f, 0.f);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int of = 4 * i + (lane & 3);
+          pairs[i] = load_pair(scales_of(of));
+          if (of < from || of >= to) pairs[i] = make_uint2(0, 0);
+          const float2 here = unit_of(pairs[i].x);
+          float2 value = here;
+          if (!FRESH) {
+            const float2 before = of > from ? unit_of(load_word(scales_of(of - 1))) : make_float2(1.f / EACH, 1.f / EACH);
+            value = make_float2(divide(before.x, here.x), divide(before.y, here.y));
+            if (of == to - 1) last = here;
+          }
+          asm volatile("st.shared.v2.f32 [%0], {%1, %2};"
+                       :: "r"(kept + of * GROUP_SCALE_BYTES + t * KEPT_BYTES), "f"(value.x), "f"(value.y) : "memory");
+        }
+        chunk_terms(by[t], pairs);
+        if (!FRESH) {
+          const int from_lane = (lane & ~3) | ((to - 1) & 3);
+          unit[t] = make_float2(__shfl_sync(~0u, last.x, from_lane), __shfl_sync(~0u, last.y, from_lane));
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int t = 0; t < TALL; t++) multiply_all(by[t], sum[t], used.stage, false);
+      if (!FRESH) load_kept(ratio, from);
+      products_wait<0>();
+#pragma unroll
+      for (int t = 0; t < TALL; t++)
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[t][i]));
       release();
     };
-    int n = 0;
-    if (TALL == 2) {
-#pragma unroll 1
-      for (; n < steps; n++) step(a[0], a[1], n);
-    } else {
-#pragma unroll 1
-      for (; n + 1 < steps; n += 2) {
-        step(a[0], a[1], n);
-        step(a[1], a[0], n + 1);
+    clear();
+    read.next(full);   // behind the first chunk's scales
+    if (unread > 0) {
+      load_next();
+      cut(a[0]);
+      if (TALL == 2) {
+        load(1);
+      } else {
+        pass();
+        load_next();
       }
-      if (n < steps) step(a[0], a[1], n);
     }
-    const float each = 4.f / (1 << BITS) / SUMS_UNIT;
-#pragma unroll
-    for (int t = 0; t < TALL; t++)
-      rescale(sum[t], FRESH ? make_float2(each, each) : make_float2(unit[t].x * each, unit[t].y * each));
     wait_for_previous_kernel();
     if (threadIdx.x < TOKENS) factors[threadIdx.x] = p.factors[threadIdx.x] * 256.f;
-    // Those of several parts are asked for at once: there is nothing else to do until they come.
+    group_barrier();
 #pragma unroll 1
-    for (int n = 0; n < stages - steps; n += AT_ONCE) {
-      Terms terms[AT_ONCE][TALL];
+    for (int block = 0; block < blocks; block++) {
+      int left = count;
+#pragma unroll 1
+      while (left > 0) {
+        const int from = walk.slice % CHUNK, length = min(CHUNK - from, walk.end - walk.slice);
+        left -= length;
+        begin_chunk(walk.slice / CHUNK, from, from + length);
+        if (TALL == 2) {
+#pragma unroll 1
+          for (int n = 0; n < length; n++) step(a[0], a[1]);
+        } else {
+#pragma unroll 1
+          for (int n = 1; n < length; n += 2) {
+            step(a[0], a[1]);
+            step(a[1], a[0]);
+          }
+          if (length % 2) {
+            step(a[0], a[1]);
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        const int m = (n + i) * K_GROUPS + k_group;
+            for (int j = 0; j < 8; j++)
 #pragma unroll
-        for (int t = 0; t < TALL; t++)
-          terms[i][t].load(p, scales_of(t) + (lane >> 2) * (4 * SLOTS),
-                           m < sums_count ? (sums_begin + m) * PART_SLICES + (lane & 3) : slices);
-      }
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        if (n + i >= stages - steps) break;
-        wait();
-        if (K_GROUPS == 1 || (n + i) * K_GROUPS + k_group < sums_count) {
-          u32 by[TALL][4][4];
-#pragma unroll
-          for (int t = 0; t < TALL; t++) terms[i][t].order(by[t]);
-#pragma unroll
-          for (int t = 0; t < TALL; t++) multiply_all(by[t], sum[t], used.stage, false);
-          products_wait<0>();
+              for (int i = 0; i < 4; i++) a[0][j][i] = a[1][j][i];
+          }
         }
-        release();
-        read.next(full);
       }
+      finish_sums();
+      if (SPLIT) continue;
+#pragma unroll
+      for (int t = 0; t < TALL; t++)
+        store_results(p, sum[t], factors, (first_block + block * block_step) * ROWS + tile_of(t) * 16, lane);
+      clear();
     }
   }
+  if (!SPLIT) return;
   group_barrier();   // the ring has been used
 
   float* sums = (float*)shared;
@@ -432,7 +572,7 @@ code_batch(const __grid_constant__ Arguments p) {
   cluster_sync();
   // Each block of the cluster finishes a share of the tokens.
   for (int o = part * (GROUPS * 128) + threadIdx.x; o < p.tokens * (ROWS / 4); o += parts * (GROUPS * 128)) {
-    const int token = o / (ROWS / 4), row = o % (ROWS / 4) * 4, y_row = row_block * ROWS + row;
+    const int token = o / (ROWS / 4), row = o % (ROWS / 4) * 4, y_row = first_block * ROWS + row;
     float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
     auto add = [&](float4 v) { total.x += v.x; total.y += v.y; total.z += v.z; total.w += v.w; };
     const float* own = sums + token * PITCH + row;

@@ -15,8 +15,10 @@ from torch import Tensor
 from lutra.errors import KernelError, ResourceError
 from lutra.kernels.cuda.batch_plans import BatchPlan, batch_sizes
 from lutra.kernels.cuda.code_batch_plans import (
+    CHUNK_SLICES,
     CodeBatchPlan,
     code_batch_blocks,
+    code_batch_row_blocks,
     code_batch_shared_bytes,
 )
 from lutra.kernels.cuda.launch import (
@@ -182,9 +184,9 @@ class _CodeBatchArguments(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_ulonglong * 16),
         ("scales", ctypes.c_ulonglong * 16),
-        ("scales_at", ctypes.c_void_p),
         *_FieldArguments._fields_[2:],
-        ("padding", ctypes.c_byte * 56),  # the size is a multiple of the maps' alignment, 64
+        ("row_blocks", ctypes.c_int),
+        ("padding", ctypes.c_byte * 60),  # the size is a multiple of the maps' alignment, 64
     ]
 
 
@@ -328,7 +330,7 @@ def code_batch_defines(
     both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
     return both | {"HELD": arrange_held(layout)}, both | {
         "GROUPS": plan.groups, "K_GROUPS": plan.k_groups, "TALL": plan.tall,
-        "STAGES": plan.stages, "SHARE": plan.share,
+        "STAGES": plan.stages, "SPLIT": int(plan.split),
     }
 
 
@@ -680,15 +682,19 @@ def code_batch_linear(
     arranged = torch.empty(size, dtype=torch.uint8, device=x.device)
     factors = torch.empty(plan.tokens, dtype=torch.float32, device=x.device)
     _prefill_arrange(arrange, x, arranged, factors, plan.tokens, layout)
+    tiles, words = plan.rows // 16, layout.slots * 8
     arguments = _CodeBatchArguments(
-        *_weight_boxes(plan.rows // 16, planes, scales, layout),
-        scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
-        y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
-        layout.items_per_group,
+        _boxes(planes, 0, layout.items * 2, layout.bits * 64, tiles, layout),
+        word_boxes(
+            scales.data_ptr(), layout.tiles, layout.groups * words, tiles, CHUNK_SLICES * words
+        ),
+        arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(), y.stride(0),
+        layout.rows, tokens, layout.tiles, layout.items, layout.groups, layout.items_per_group,
+        code_batch_row_blocks(plan, layout),
     )
     kernel(
-        arguments, (code_batch_blocks(plan, layout), 1, 1), (plan.groups + 1) * 128,
-        plan.cluster * plan.share,
+        arguments, (code_batch_blocks(plan, layout, device), 1, 1), (plan.groups + 1) * 128,
+        plan.cluster,
     )
 
 
