@@ -58,6 +58,8 @@ constexpr int PITCH = BLOCK_ROWS + 4;                 // of sums in shared memor
 constexpr int PAIR = TILES % 2 ? 1 : 2;               // tiles that are multiplied at a time
 // What a product of an integer, as its operand has it, counts.
 constexpr float WORTH = 4.f / (1 << BITS) * 16777216.f;
+// Sums are as many times larger than that, so that the terms with the sums of x are no subnormal halves.
+constexpr float LIFT = BITS <= 2 ? 256.f : 1.f;
 
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -190,7 +192,7 @@ struct Arranger {
     u32 terms[4];
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const float offset = sum[k] * (1.f / WORTH), unit = offset * -ALL;
+      const float offset = sum[k] * (LIFT / WORTH), unit = offset * -ALL;
       terms[2 * k] = half_pair(unit, offset);
       const float2 rounded = halves(terms[2 * k]);
       terms[2 * k + 1] = half_pair(unit - rounded.x, offset - rounded.y);
@@ -420,7 +422,9 @@ stream_linear(const __grid_constant__ Arguments p) {
         }
 #pragma unroll
         for (int i = 0; i < PAIR; i++) {
-          const float2 unit = halves(*(const u32*)(at + scales_at + (first + i) * GROUP_SCALE_BYTES));
+          float2 unit = halves(*(const u32*)(at + scales_at + (first + i) * GROUP_SCALE_BYTES));
+          unit.x *= LIFT;
+          unit.y *= LIFT;
           add(sum[first + i], product[i], unit);
         }
       }
@@ -454,10 +458,10 @@ stream_linear(const __grid_constant__ Arguments p) {
       for (int i = 0; i < TILES; i++) {
         float* to = sums + (k_warp * TOKENS + token) * PITCH + (row_warp * TILES + i) * 16 + g;
         const float* from = sum[i] + 4 * c;
-        to[0] = from[0] * WORTH * down;
-        to[PITCH] = from[1] * WORTH * down_next;
-        to[8] = from[2] * WORTH * down;
-        to[PITCH + 8] = from[3] * WORTH * down_next;
+        to[0] = from[0] * (WORTH / LIFT) * down;
+        to[PITCH] = from[1] * (WORTH / LIFT) * down_next;
+        to[8] = from[2] * (WORTH / LIFT) * down;
+        to[PITCH + 8] = from[3] * (WORTH / LIFT) * down_next;
       }
     }
     cluster_arrive();
