@@ -38,7 +38,7 @@ struct Arguments {
 
 constexpr int ARRANGERS = 4;                          // warps that put x in order
 constexpr int THREADS = (WARPS + ARRANGERS) * 32;
-constexpr bool SHARES = WARPS % 4 == 0;                               // registers can go from one kind of warp to the other
+constexpr bool SHARES = WARPS % 4 == 0;               // registers can go from one kind of warp to the other
 constexpr int ARRANGE_REGISTERS = TOKENS == 8 ? 64 : 80;
 constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;   // of a thread, as launched: what the compiler takes
 constexpr int MULTIPLY_REGISTERS =
@@ -178,7 +178,8 @@ struct Arranger {
           pair[h] = half_pair(value(b) * scale, value(b + 16) * scale);
         } else {
           pair[h] = __byte_perm(raw[i][b >> 1], raw[i][(b >> 1) + 8], b & 1 ? 0x7632 : 0x5410);
-          pair[h] = multiply_halves(multiply_halves(pair[h], first_factor), then_factor - field_position(b) * 0x04000400u);
+          const u32 factor = then_factor - field_position(b) * 0x04000400u;
+          pair[h] = multiply_halves(multiply_halves(pair[h], first_factor), factor);
         }
       }
       *(uint4*)(to + (j * PARTS + i) * 512 + (4 * g + t) * 16) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
@@ -332,7 +333,8 @@ stream_linear(const __grid_constant__ Arguments p) {
     auto add_terms = [&]() {
 #pragma unroll
       for (int i = 0; i < TILES; i++) {
-        const u32 upper = __byte_perm(pairs[i].x, pairs[i].y, 0x5410), lower = __byte_perm(pairs[i].x, pairs[i].y, 0x7632);
+        const u32 upper = __byte_perm(pairs[i].x, pairs[i].y, 0x5410);
+        const u32 lower = __byte_perm(pairs[i].x, pairs[i].y, 0x7632);
 #pragma unroll
         for (int c = 0; c < PARTS; c++) {
           multiply_add_narrow(sum[i] + 4 * c, upper, lower, terms[c].x);
