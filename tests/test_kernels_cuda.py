@@ -43,9 +43,11 @@ from lutra.kernels.cuda.plans import (
 )
 from lutra.kernels.cuda.prefill_plans import (
     PrefillPlan,
+    PrefillWork,
     prefill_fits,
     prefill_plans,
     prefill_shared_bytes,
+    prefill_tiles,
     prefill_work,
     shared_sums,
 )
@@ -254,7 +256,7 @@ def test_argument_structs_mirror_the_sources() -> None:
 def test_tiles_left_over_are_shared() -> None:
     """Clusters of `code_prefill.cu` take equal rounds of tiles and share all that are left."""
     card = TYPICAL_CARDS["sm_90a"]
-    splits = set()
+    splits, shares = set(), set()
     for shape, tokens, half in itertools.product(
         [(28672, 8192), (4096, 14336), (1000, 300)], (128, 700, 4096), (True, False)
     ):
@@ -262,7 +264,15 @@ def test_tiles_left_over_are_shared() -> None:
         units = layout.items * 2 + -(-layout.items * 2 // (16 if half else 32))
         for plan in prefill_plans(layout, True, 2, tokens, card):
             work = prefill_work(plan, layout, True, tokens, half, card)
-            tiles = -(-layout.rows // (64 * plan.groups * plan.cluster)) * -(-tokens // plan.tokens)
+            tiles = prefill_tiles(plan, layout, tokens)
+            assert tiles == -(-layout.rows // (64 * plan.groups * plan.cluster)) * -(
+                -tokens // plan.tokens
+            )
+            if plan.shares > 1:  # of every tile
+                assert work == PrefillWork(tiles * plan.shares, 0, 0, 0) and not plan.split
+                assert work.clusters * plan.cluster <= card.processors
+                shares.add(plan.shares)
+                continue
             assert work.clusters * work.share + work.extra == (tiles - work.whole) * units
             assert work.whole == tiles or work.whole % work.clusters == 0
             assert work.clusters * plan.cluster <= card.processors
@@ -270,7 +280,7 @@ def test_tiles_left_over_are_shared() -> None:
             floats, flags = shared_sums(plan, work)
             assert bool(floats) == bool(flags) == (work.whole < tiles)
             splits.add(plan.split)
-    assert splits == {0, 1, 2}
+    assert splits == {0, 1, 2} and shares == {2, 4}
 
 
 def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,7 +270,10 @@ def test_plans_of_code_batch(bits: int, tokens: int) -> None:
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("shape", [(33, 300, 128), (700, 4128, 256), (1200, 2176, 128)])
 def test_plans_for_many_tokens(shape: tuple[int, int, int], uniform: bool, bits: int) -> None:
-    """Every plan of `code_prefill.cu`: odd sizes, groups of one row, bias, both types."""
+    """Plans of `code_prefill.cu`: odd sizes, groups of one row, bias, both types.
+
+    A third of the plans for each weight, so that fewer kernels are compiled.
+    """
     from lutra.kernels.cuda.launch import card
     from lutra.kernels.cuda.layout import layout_of, to_kernel_order
     from lutra.kernels.cuda.prefill_plans import prefill_plans
@@ -291,7 +294,7 @@ def test_plans_for_many_tokens(shape: tuple[int, int, int], uniform: bool, bits:
         x = torch.randn(tokens, in_features + 1, device="cuda").to(dtype)[:, 1:]
         bias = torch.randn(out_features, device="cuda").to(dtype)
         exact = x.double() @ weight.unpack(torch.float64).T + bias.double()
-        for plan in prefill_plans(layout, uniform, 2, tokens, card(0)):
+        for plan in prefill_plans(layout, uniform, 2, tokens, card(0))[(bits + uniform) % 3 :: 3]:
             y = torch.full((tokens, out_features), float("nan"), device="cuda").to(dtype)
             run(plan, x, planes, scales, bias, y, layout, uniform)
             error = (y.double() - exact).norm().item()

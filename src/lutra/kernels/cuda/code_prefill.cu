@@ -4,15 +4,19 @@
 // group's step, and the offsets times the sums of x over each slice are a product of their own at the end.
 //
 // A block takes GROUPS x 64 rows and TOKENS tokens at a time and goes from tile to tile until none is left. In
-// its first warpgroup, a thread fetches, two warps make the tables of free levels and one copies results; the
-// others take 64 rows each and queue their products in turns. While the tensor core multiplies for one of them, the
+// its first warpgroup, a warp fetches, two make the tables of free levels and one copies results; the others
+// take 64 rows each and may queue their products in turns. While the tensor core multiplies for one of them, the
 // others rescale their sums, cut their next integers from the plane words, or put their results in a stage of the
 // ring. Without turns they would all do that, then all multiply. The blocks of a cluster take different rows of the
 // same tokens; each fetches a share of x for all of them. Tiles that are left when all clusters have had as many
 // are split: each cluster takes a share of their inputs, and the one that has the first inputs of a tile adds up
 // the sums of all, in order.
 //
-// -D: TOKENS 128|256, GROUPS 2|3, STAGES, CLUSTER 1|2. Grid: as many blocks as the card has processors, or fewer.
+// With few tiles, SHARES clusters share the inputs of each instead, and each of them adds up and stores the results
+// of as many tokens.
+//
+// -D: TOKENS 128|256, GROUPS 2|3, STAGES, CLUSTER 1|2, TURNS 0|1 (whether products are queued in turns), SHARES
+// 1|2|4. Grid: as many blocks as the card has processors, or fewer.
 // A cluster may wait for sums of those behind it, which give theirs before they wait for any themselves.
 
 #include "prefill.cuh"
@@ -50,7 +54,8 @@ constexpr bool TABLES = !UNIFORM && (BITS < 4 || TOKENS == 128);
 constexpr int FETCHED = X_BYTES + PLANES + SCALES + STEPS, TABLE_BYTES = 48;
 constexpr int STAGE_BYTES = FETCHED + (TABLES ? ROWS / 2 * TABLE_BYTES : 0);
 constexpr int SUMS = TOKENS / 2;                      // of a lane
-constexpr int STORE_STAGES = GROUPS == 3 ? 2 : 1;     // stages of the ring that take results
+constexpr int SHARE_TOKENS = TOKENS / SHARES;         // whose results are a cluster's
+constexpr int STORE_STAGES = (GROUPS + 1) / 2;        // stages of the ring that take results
 static_assert(STAGE_BYTES >= TOKENS * 256 + 1023, "the results of two warpgroups");
 constexpr float SUMS_UNIT = UNIFORM ? 1.f / 65536.f : 256.f;   // of the product with the sums of x
 
@@ -70,6 +75,12 @@ DEVICE void copy_to_all(u32 shared, const void* global, int bytes, u32 barrier) 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1], %2, [%3], %4;"
                :: "r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+// One lane of a warp.
+DEVICE bool elected() {
+  u32 is;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p; }" : "=r"(is));
+  return is;
 }
 DEVICE void arrive_in_block(u32 barrier, u32 rank) {   // of the cluster, if there is one
   if (CLUSTER == 1) barrier_arrive(barrier);
@@ -116,17 +127,25 @@ struct Work {
     lo = p.share * first + min(p.extra, first);
     hi = lo + p.share + (first < p.extra);
     skipped = lo / units;
-    count = whole + (hi > lo ? (hi - 1) / units - skipped + 1 : 0);
+    count = SHARES > 1 ? 1 : whole + (hi > lo ? (hi - 1) / units - skipped + 1 : 0);
   }
 };
 struct Item {
   int tile, begin, end;   // units
+  int share = 0;          // of the tokens whose results are this cluster's
+  DEVICE bool stores() const { return SHARES > 1 || begin == 0; }
   DEVICE Item(const Work& work, const Arguments& p, int units, int first, int clusters, int number) {
     const int of = work.skipped + number - work.whole;
     const bool whole = number < work.whole;
     tile = whole ? first + number * clusters : p.whole + of;
     begin = whole ? 0 : max(work.lo - of * units, 0);
     end = whole ? units : min(work.hi - of * units, units);
+    if (SHARES > 1) {
+      tile = first / SHARES;
+      share = first - tile * SHARES;
+      begin = units * share / SHARES;
+      end = units * (share + 1) / SHARES;
+    }
   }
 };
 
@@ -138,9 +157,13 @@ struct Position {   // in the ring of stages
 
 // What a warp reads of its 16 rows and a slice before it cuts.
 constexpr float LEAST = 8.6736174e-19f;
+// Free levels: whether codes are put together as soon as they are read, while products run. It helps where the
+// queue of products runs dry, and costs where it does not.
+#define EARLY_CODES (!UNIFORM && BITS == 3 && TOKENS == 128)
 struct Words {
   u32 low[BITS], high[BITS];
 #if !UNIFORM
+  LevelCodes rows[2];
   Levels levels;
 #endif
 
@@ -149,6 +172,12 @@ struct Words {
     for (int q = 0; q < BITS; q++)
       asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                    : "=r"(low[q]), "=r"(high[q]) : "r"(planes + q * 256 + lane * 8));
+#if EARLY_CODES
+    rows[0].make(low);
+    rows[1].make(high);
+#pragma unroll
+    for (int i = 0; i < LevelCodes::WORDS; i++) asm volatile("" : "+r"(rows[0].w[i]), "+r"(rows[1].w[i]));
+#endif
   }
   // From addresses in shared memory: scales of rows g and g + 8, and their integers of steps.cu. Returns the
   // steps of both. A step of 0 would leave no unit for the sums: it is 2^-60.
@@ -200,7 +229,7 @@ struct Words {
   }
 #endif
 
-  DEVICE void cut(u32 (&a)[8][4]) const {
+  DEVICE void cut(u32 (&a)[8][4]) {
 #if UNIFORM
     Fields fields[2];
     fields[0].interleave(low);
@@ -214,10 +243,14 @@ struct Words {
     }
 #else
     u32 pair[16];
-    levels.pairs(0, low, pair);
+#if !EARLY_CODES
+    rows[0].make(low);
+    rows[1].make(high);
+#endif
+    levels.pairs(0, rows[0], pair);
 #pragma unroll
     for (int b = 0; b < 16; b++) a[b >> 1][(b & 1) * 2] = pair[b];
-    levels.pairs(1, high, pair);
+    levels.pairs(1, rows[1], pair);
 #pragma unroll
     for (int b = 0; b < 16; b++) a[b >> 1][(b & 1) * 2 + 1] = pair[b];
 #endif
@@ -247,44 +280,60 @@ template <int N> DEVICE void multiply(float (&sum)[SUMS], u32 (&a)[N][4], u32 st
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[i]));
   const u32 x = x_descriptor(stage);
-  barrier_wait(turns + 8 * group, turn);
-  turn ^= 1;
+  if (TURNS) {
+    barrier_wait(turns + 8 * group, turn);
+    turn ^= 1;
+  }
   products_begin();
 #pragma unroll
   for (int j = 0; j < N; j++) {
     multiply_add<TOKENS>(sum, a[j], x + j * (TOKENS * 2));
-    if (j == min(N - 1, 4)) pass_turn(turns, group);   // so that the queue does not run dry
+    if (TURNS && j == min(N - 1, 4)) pass_turn(turns, group);   // so that the queue does not run dry
   }
   products_commit();
 }
 
-// What the sums of x are multiplied with: see prefill.cuh. `slice` is that of half 0 and this lane.
-DEVICE void sum_terms(u32 (&a)[4], const Arguments& p, const char* scales, int slice) {
-  auto pair = [&](int of, int slot) -> u32 {   // of rows g and g + 8
-    if (of >= p.items * 2) return 0;
-    const int group = GROUP == 256 ? of / 2 / p.items_per_group : of;
-    return load_global((const u32*)(scales + group * GROUP_SCALE_BYTES) + slot);
-  };
-  const u32 offset = pair(slice, SLOTS - 1);
-  if (TERMS == 4) {
-    const u32 alpha = pair(slice, 0);
-    a[0] = __byte_perm(offset, 0, 0x1010);
-    a[1] = __byte_perm(offset, 0, 0x3232);
-    a[2] = __byte_perm(alpha, 0, 0x1010);
-    a[3] = __byte_perm(alpha, 0, 0x3232);
-  } else {
-    const u32 next = pair(slice + 4, SLOTS - 1);
-    const u32 second = UNIFORM ? pair(slice, 0) : offset, next_second = UNIFORM ? pair(slice + 4, 0) : next;
-    a[0] = __byte_perm(offset, second, 0x5410);
-    a[1] = __byte_perm(offset, second, 0x7632);
-    a[2] = __byte_perm(next, next_second, 0x5410);
-    a[3] = __byte_perm(next, next_second, 0x7632);
+// What the sums of x are multiplied with: see prefill.cuh. Of rows g and g + 8 and of the slices that a lane has in a
+// part of the sums.
+struct Terms {
+  static constexpr int SLICES = 16 / TERMS;
+  u32 offset[SLICES], alpha[UNIFORM ? SLICES : 1];
+
+  DEVICE void load(const Arguments& p, const char* scales, int first) {   // of a tile and row; of a part
+#pragma unroll
+    for (int i = 0; i < SLICES; i++) {
+      const int slice = first + 4 * i, group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
+      const u32* from = (const u32*)(scales + group * GROUP_SCALE_BYTES);
+      const bool inside = slice < p.items * 2;
+      offset[i] = inside ? load_global(from + SLOTS - 1) : 0;
+      if (UNIFORM) alpha[i] = inside ? load_global(from) : 0;
+    }
   }
-}
+  DEVICE void order(u32 (&a)[4][4]) const {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (TERMS == 4) {
+        a[j][0] = __byte_perm(offset[j], 0, 0x1010);
+        a[j][1] = __byte_perm(offset[j], 0, 0x3232);
+        a[j][2] = __byte_perm(alpha[UNIFORM ? j : 0], 0, 0x1010);
+        a[j][3] = __byte_perm(alpha[UNIFORM ? j : 0], 0, 0x3232);
+      } else {
+        constexpr int LAST = SLICES - 1;   // there are eight: this is only for the compiler
+        const u32 here = offset[min(2 * j, LAST)], next = offset[min(2 * j + 1, LAST)];
+        const u32 second = UNIFORM ? alpha[min(2 * j, LAST)] : here;
+        const u32 next_second = UNIFORM ? alpha[min(2 * j + 1, LAST)] : next;
+        a[j][0] = __byte_perm(here, second, 0x5410);
+        a[j][1] = __byte_perm(here, second, 0x7632);
+        a[j][2] = __byte_perm(next, next_second, 0x5410);
+        a[j][3] = __byte_perm(next, next_second, 0x7632);
+      }
+    }
+  }
+};
 
 // Results of 64 rows in a tile [TOKENS][64 rows] in shared memory, as copies of boxes have it: lines of 128 bytes,
 // the eight pieces of a line in an order that depends on the line.
-DEVICE void stage_results(const Arguments& p, const float (&sum)[SUMS], int row, int token, u32 staged) {
+DEVICE void stage_results(const Arguments& p, const float (&sum)[SUMS], int row, int token, int share, u32 staged) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   const int of = row + warp * 16 + (lane >> 2);
   float bias[2] = {0.f, 0.f};
@@ -298,6 +347,7 @@ DEVICE void stage_results(const Arguments& p, const float (&sum)[SUMS], int row,
   const u32 at = line + (((2 * warp + (lane >> 3 & 1)) ^ (lane & 7)) << 4);
 #pragma unroll
   for (int column = 0; column < TOKENS; column += 16) {
+    if (SHARES > 1 && column / SHARE_TOKENS != share) continue;
     u32 pair[4];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
@@ -324,7 +374,7 @@ DEVICE int stage_after(int stage, int more) {   // more: -1 to STAGES
 DEVICE void copy_results(const Arguments& p, int row, int token, u32 staged) {
   const int lane = threadIdx.x & 31, chunk = lane & 7, y_row = row + chunk * 8;
 #pragma unroll 1
-  for (int here = lane >> 3; here < min(TOKENS, p.tokens - token); here += 4) {
+  for (int here = lane >> 3; here < min(SHARE_TOKENS, p.tokens - token); here += 4) {
     u32 words[4];
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                  : "r"(staged + here * 128 + ((chunk ^ (here & 7)) << 4)));
@@ -335,6 +385,59 @@ DEVICE void copy_results(const Arguments& p, int row, int token, u32 staged) {
   }
 }
 
+// A warp fetches weights and x into the ring. All of its lanes know what is fetched, and one of them does it: so the
+// compiler keeps addresses in registers that all lanes share, which copies want.
+DEVICE void fetch(const Arguments& p, const Work& work, int units, u32 ring, u32 full, u32 empty) {
+  const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER, slices = p.items * 2, parts = units - slices;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+  auto fetch_x = [&](const char* x, int bytes, int stage) {
+    const u32 to = ring + stage * STAGE_BYTES, barrier = full + 8 * stage, share = rank * (bytes / CLUSTER);
+    if (CLUSTER > 1) copy_to_all(to + share, x + share, bytes / CLUSTER, barrier);
+    else copy_bulk(to, x, bytes, barrier);
+  };
+  wait_for_previous_kernel();
+  Position at;
+  at.parity = 1;   // the stages are free at first
+#pragma unroll 1
+  for (int number = 0; number < work.count; number++) {
+    const Item item(work, p, units, first, step, number);
+    const Tile tile(p, item.tile);
+    const char* x = p.arranged + (long long)tile.token * (slices * (long long)X_BYTES + parts * PART_BYTES);
+    // Blocks begin at different slices, so that they do not all ask for the same at once.
+    int slice = (tile.row / CLUSTER * 7 + tile.token * 3 + item.begin) % slices;
+#pragma unroll 1
+    for (int n = item.begin; n < min(item.end, slices); n++, at.next()) {
+      const u32 planes = ring + at.stage * STAGE_BYTES + X_BYTES, scales = planes + PLANES;
+      const u32 barrier = full + 8 * at.stage;
+      const int group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
+      barrier_wait(empty + 8 * at.stage, at.parity);
+      if (elected()) {
+        barrier_expect(barrier, FETCHED);
+        copy_box(planes, p.planes, slice * (SLICE_BYTES / 4), tile.row * TILES, barrier);
+        copy_box(scales, p.scales, group * (GROUP_SCALE_BYTES / 4), tile.row * TILES, barrier);
+        if (!UNIFORM) copy_box(scales + SCALES, p.steps, group * 8, tile.row * TILES, barrier);
+        fetch_x(x + slice * (long long)X_BYTES, X_BYTES, at.stage);
+      }
+      if (++slice == slices) slice = 0;
+    }
+    x += slices * (long long)X_BYTES;
+#pragma unroll 1
+    for (int n = max(item.begin - slices, 0); n < item.end - slices; n++, at.next()) {
+      barrier_wait(empty + 8 * at.stage, at.parity);
+      if (elected()) {
+        barrier_expect(full + 8 * at.stage, PART_BYTES);
+        fetch_x(x + n * PART_BYTES, PART_BYTES, at.stage);
+      }
+    }
+    if (item.stores())   // stages for the results
+#pragma unroll 1
+      for (int s = 0; s < STORE_STAGES; s++, at.next()) {
+        barrier_wait(empty + 8 * at.stage, at.parity);
+        if (elected()) barrier_arrive(full + 8 * at.stage);
+      }
+  }
+}
+
 // Two warps make the tables of every slice ahead of the warps that multiply, and pass on every other stage.
 DEVICE void make_tables(const Arguments& p, const Work& work, int units, u32 ring, u32 full, u32 tabled) {
 #if !UNIFORM
@@ -342,15 +445,23 @@ DEVICE void make_tables(const Arguments& p, const Work& work, int units, u32 rin
   Position at;
   for (int number = 0; number < work.count; number++) {
     const Item item(work, p, units, first, step, number);
-    const int stages = item.end - item.begin + (item.begin == 0 ? STORE_STAGES : 0);
+    const int stages = item.end - item.begin + (item.stores() ? STORE_STAGES : 0);
     for (int n = 0; n < stages; n++, at.next()) {
       barrier_wait(full + 8 * at.stage, at.parity);
       if (item.begin + n < p.items * 2) {
         const u32 stage = ring + at.stage * STAGE_BYTES, scales = stage + X_BYTES + PLANES, steps = scales + SCALES;
-        for (int pair = threadIdx.x & 63; pair < ROWS / 2; pair += 64) {   // of rows
-          Words words;
-          const float2 unit = words.make(scales + pair * (4 * SLOTS), steps + pair * 4);
-          words.give(stage + FETCHED + pair * TABLE_BYTES, unit);
+        constexpr int EACH = (ROWS / 2 + 63) / 64;
+        Words words[EACH];
+        float2 unit[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {   // side by side
+          const int pair = min((threadIdx.x & 63) + 64 * i, ROWS / 2 - 1);   // of rows
+          unit[i] = words[i].make(scales + pair * (4 * SLOTS), steps + pair * 4);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+          const int pair = (threadIdx.x & 63) + 64 * i;
+          if (pair < ROWS / 2) words[i].give(stage + FETCHED + pair * TABLE_BYTES, unit[i]);
         }
       }
       __syncwarp();
@@ -370,17 +481,18 @@ DEVICE void store_results(const Arguments& p, const Work& work, int units, u32 r
     const Item item(work, p, units, first, step, number);
     const Tile tile(p, item.tile);
     stage = (stage + item.end - item.begin) % STAGES;
-    if (item.begin > 0) continue;
+    if (!item.stores()) continue;
     for (int s = 0; s < STORE_STAGES; s++) {
       const int now = stage_after(stage, s);
       barrier_wait(results + 8 * now, parities >> now & 1);
       parities ^= 1u << now;
     }
     for (int g = 0; g < GROUPS; g++) {
-      const u32 staged = results_at(ring, stage_after(stage, g / 2), g);
-      const int row = tile.row * ROWS + g * 64, token = tile.token * TOKENS;
+      const int of = item.share * SHARE_TOKENS;   // of the tile
+      const u32 staged = results_at(ring, stage_after(stage, g / 2), g) + of * 128;
+      const int row = tile.row * ROWS + g * 64, token = tile.token * TOKENS + of;
       if (!p.boxes) copy_results(p, row, token, staged);
-      else if (lane == 0 && row < p.rows) store_box(p.results, row, token, staged);
+      else if (lane == 0 && row < p.rows && token < p.tokens) store_box(p.results, row, token, staged);
     }
     wait_stored();
     __syncwarp();
@@ -393,15 +505,16 @@ DEVICE void store_results(const Arguments& p, const Work& work, int units, u32 r
 }
 
 // Sums of a warp for the block that has the first inputs of its tile, and from one that has others.
-DEVICE void give_sums(const Arguments& p, const float (&sum)[SUMS], int warp) {
+DEVICE void give_sums(const Arguments& p, const float (&sum)[SUMS], int warp, int own) {
   const int lane = threadIdx.x & 31;
   float4* to = p.partial + (long long)warp * (SUMS / 4 * 32) + lane;
 #pragma unroll
-  for (int i = 0; i < SUMS; i += 4) to[i * 8] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+  for (int i = 0; i < SUMS; i += 4)
+    if (SHARES == 1 || i * 2 / SHARE_TOKENS != own) to[i * 8] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
   __syncwarp();
-  if (lane == 0) asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.u32 [%0], 1;" :: "l"(p.flags + warp) : "memory");
+  if (lane == 0) asm volatile("st.release.gpu.global.u32 [%0], 1;" :: "l"(p.flags + warp) : "memory");
 }
-DEVICE void take_sums(const Arguments& p, float (&sum)[SUMS], int warp) {
+DEVICE void take_sums(const Arguments& p, float (&sum)[SUMS], int warp, int own) {
   const int lane = threadIdx.x & 31;
   const float4* from = p.partial + (long long)warp * (SUMS / 4 * 32) + lane;
   u32 given;
@@ -409,6 +522,7 @@ DEVICE void take_sums(const Arguments& p, float (&sum)[SUMS], int warp) {
   while (!__shfl_sync(~0u, given, 0));
 #pragma unroll
   for (int i = 0; i < SUMS; i += 4) {
+    if (SHARES > 1 && i * 2 / SHARE_TOKENS != own) continue;
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from + i * 8) : "memory");
@@ -430,7 +544,7 @@ code_prefill(const __grid_constant__ Arguments p) {
   const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
   const int units = slices + parts;
   const Work work(p, units, first, step);
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);   // uniform
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warpgroup = warp >> 2;   // uniform
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
@@ -446,52 +560,14 @@ code_prefill(const __grid_constant__ Arguments p) {
 
   if (warpgroup == 0) {
     give_registers<FETCH_REGISTERS>();
-    if (threadIdx.x == 0) {
-      wait_for_previous_kernel();
-      Position at;
-      at.parity = 1;   // the stages are free at first
-      for (int number = 0; number < work.count; number++) {
-        const Item item(work, p, units, first, step, number);
-        const Tile tile(p, item.tile);
-        const char* x = p.arranged + (long long)tile.token * (slices * (long long)X_BYTES + parts * PART_BYTES);
-        // Blocks begin at different slices, so that they do not all ask for the same at once.
-        const int shift = (tile.row / CLUSTER * 7 + tile.token * 3) % slices;
-        for (int n = item.begin; n < item.end; n++) {
-          const u32 stage = ring + at.stage * STAGE_BYTES, barrier = full + 8 * at.stage;
-          const u32 planes = stage + X_BYTES, scales = planes + PLANES, steps = scales + SCALES;
-          const int slice = shift + n < slices ? shift + n : shift + n - slices, bytes = n < slices ? X_BYTES : PART_BYTES;
-          const char* from = n < slices ? x + slice * (long long)X_BYTES
-                                        : x + slices * (long long)X_BYTES + (n - slices) * PART_BYTES;
-          barrier_wait(empty + 8 * at.stage, at.parity);
-          barrier_expect(barrier, n < slices ? FETCHED : PART_BYTES);
-          if (n < slices) {
-            const int group = GROUP == 256 ? slice / 2 / p.items_per_group : slice;
-            copy_box(planes, p.planes, slice * (SLICE_BYTES / 4), tile.row * TILES, barrier);
-            copy_box(scales, p.scales, group * (GROUP_SCALE_BYTES / 4), tile.row * TILES, barrier);
-            if (!UNIFORM) copy_box(steps, p.steps, group * 8, tile.row * TILES, barrier);
-          }
-          if (CLUSTER > 1) {
-            const int share = cluster_rank() * (bytes / CLUSTER);
-            copy_to_all(stage + share, from + share, bytes / CLUSTER, barrier);
-          } else {
-            copy_bulk(stage, from, bytes, barrier);
-          }
-          at.next();
-        }
-        if (item.begin == 0)   // stages for the results
-          for (int s = 0; s < STORE_STAGES; s++, at.next()) {
-            barrier_wait(empty + 8 * at.stage, at.parity);
-            barrier_arrive(full + 8 * at.stage);
-          }
-      }
-    }
-    if (TABLES && threadIdx.x >= 64) make_tables(p, work, units, ring, full, tabled);
-    if (threadIdx.x >> 5 == 1) store_results(p, work, units, ring, empty, results);
+    if (warp == 0) fetch(p, work, units, ring, full, empty);
+    if (TABLES && warp >= 2) make_tables(p, work, units, ring, full, tabled);
+    if (warp == 1) store_results(p, work, units, ring, empty, results);
     __syncwarp();
   } else {
     take_registers<MULTIPLY_REGISTERS>();
-    const int group = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
-    const int of = group * 4 + warp;   // tile of 16 rows
+    const int group = warpgroup - 1, lane = threadIdx.x & 31;
+    const int of = warp - 4;   // tile of 16 rows
     u32 turn = 0;   // parity
     Position at;   // of what is read next
     float sum[SUMS];
@@ -509,7 +585,7 @@ code_prefill(const __grid_constant__ Arguments p) {
     auto release = [&](int stage) {
       if (lane < CLUSTER) arrive_in_block(empty + 8 * stage, lane);
     };
-    if (group == GROUPS - 1) pass_turn(turns, group);
+    if (TURNS && group == GROUPS - 1) pass_turn(turns, group);
     wait_for_previous_kernel();
     for (int number = 0; number < work.count; number++) {
       const Item item(work, p, units, first, step, number);
@@ -537,32 +613,43 @@ code_prefill(const __grid_constant__ Arguments p) {
         release(stage);
       }
       rescale(sum, make_float2(unit.x * (1.f / SUMS_UNIT), unit.y * (1.f / SUMS_UNIT)));
+      const int parts_begin = max(item.begin - slices, 0), parts_end = item.end - slices;
+      Terms terms;
+      if (parts_begin < parts_end) terms.load(p, scales, parts_begin * PART_SLICES + (lane & 3));
 #pragma unroll 1
-      for (int n = max(item.begin - slices, 0); n < item.end - slices; n++) {
-        // Not while products run: the compiler would use the registers of their operand.
-        u32 terms[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) sum_terms(terms[j], p, scales, n * PART_SLICES + j * (16 / TERMS) + (lane & 3));
+      for (int n = parts_begin; n < parts_end; n++) {
+        u32 by[4][4];
+        terms.order(by);
         barrier_wait(ready + 8 * at.stage, at.parity);
-        multiply(sum, terms, ring + at.stage * STAGE_BYTES, turns, group, turn);
+        multiply(sum, by, ring + at.stage * STAGE_BYTES, turns, group, turn);
+        if (n + 1 < parts_end) terms.load(p, scales, (n + 1) * PART_SLICES + (lane & 3));   // while the products run
         products_wait<0>();
         release(at.stage);
         at.next();
       }
-      if (item.begin > 0) {
-        give_sums(p, sum, blockIdx.x * (GROUPS * 4) + of);
-        continue;
+      if (SHARES > 1 || item.begin > 0) {
+        give_sums(p, sum, blockIdx.x * (GROUPS * 4) + of, item.share);
+        if (SHARES == 1) continue;
       }
-      // The clusters behind this one have what follows, one after the other.
-      for (int have = item.end, c = first + 1; have < units; c++) {
-        take_sums(p, sum, (c * CLUSTER + blockIdx.x % CLUSTER) * (GROUPS * 4) + of);
-        have += p.share + (c < p.extra);
+      auto take = [&](int cluster) {
+        take_sums(p, sum, (cluster * CLUSTER + blockIdx.x % CLUSTER) * (GROUPS * 4) + of, item.share);
+      };
+      if (SHARES > 1) {
+#pragma unroll 1
+        for (int c = 0; c < SHARES; c++)
+          if (c != item.share) take(item.tile * SHARES + c);
+      } else {   // the clusters behind this one have what follows, one after the other
+        for (int have = item.end, c = first + 1; have < units; c++) {
+          take(c);
+          have += p.share + (c < p.extra);
+        }
       }
 #pragma unroll
       for (int s = 0; s < STORE_STAGES; s++, at.next()) {
         if (s != group / 2) continue;   // for other warpgroups
         barrier_wait(ready + 8 * at.stage, at.parity);
-        stage_results(p, sum, tile.row * ROWS + group * 64, tile.token * TOKENS, results_at(ring, at.stage, group));
+        stage_results(p, sum, tile.row * ROWS + group * 64, tile.token * TOKENS, item.share,
+                      results_at(ring, at.stage, group));
         __syncwarp();
         if (lane < STORE_STAGES) barrier_arrive(results + 8 * stage_after(at.stage, lane - s));
       }

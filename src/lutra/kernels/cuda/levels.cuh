@@ -28,6 +28,42 @@ DEVICE u32 subtract_halves(u32 a, u32 b) {
   return d;
 }
 
+// As __byte_perm, for picks whose nibbles are below 8: no mask is needed.
+DEVICE u32 pick_bytes(u32 a, u32 b, u32 picks) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(picks));
+  return d;
+}
+
+// Codes of one row of a slice, from the words of all planes: what is left to do is to pick.
+struct LevelCodes {
+  static constexpr int WORDS = BITS == 2 ? 2 : 4;
+  // 2 bits: even inputs, odd ones. Else a nibble for each of the inputs r, r + 4, ..: the entry, and bit 0 of 4
+  // above it.
+  u32 w[WORDS];
+
+  DEVICE void make(const u32 (&plane)[BITS]) {
+    if (BITS == 2) {
+      w[0] = choose_bits(0xAAAAAAAAu, plane[0] << 1, plane[1]);
+      w[1] = choose_bits(0xAAAAAAAAu, plane[0], plane[1] >> 1);
+      return;
+    }
+    u32 p[3];
+#pragma unroll
+    for (int q = 0; q < 3; q++) p[q] = BITS == 4 ? ~(plane[q + BITS - 3] ^ plane[0]) : plane[q];
+    const u32 first = BITS == 4 ? plane[0] : 0;
+#pragma unroll
+    for (int r = 0; r < WORDS; r++) {
+      const bool odd = r & 1;
+      const u32 entry = odd ? choose_bits(0xAAAAAAAAu, p[1], p[2] >> 1) : choose_bits(0xAAAAAAAAu, p[1] << 1, p[2]);
+      u32 above;
+      if (BITS == 4) above = odd ? choose_bits(0xAAAAAAAAu, first, p[0] >> 1) : choose_bits(0xAAAAAAAAu, first << 1, p[0]);
+      else above = (odd ? p[0] >> 1 : p[0]) & 0x55555555u;
+      w[r] = r < 2 ? choose_bits(0xCCCCCCCCu, above << 2, entry) : choose_bits(0xCCCCCCCCu, above, entry >> 2);
+    }
+  }
+};
+
 // Levels of rows g (row 0) and g + 8 (row 1).
 struct Levels {
   u32 low[2][2], high[2][2];   // [row][entries 0 to 3, 4 to 7]; 2 bits: low[row] are entries 0 1 and 2 3
@@ -74,44 +110,28 @@ struct Levels {
     }
   }
 
-  // All 16 pairs of one row, from the words of all planes.
-  DEVICE void pairs(int row, const u32 (&plane)[BITS], u32 (&pair)[16]) const {
-    if (BITS == 2) {
+  // All 16 pairs of one row.
+  DEVICE void pairs(int row, const LevelCodes& codes, u32 (&pair)[16]) const {
 #pragma unroll
-      for (int odd = 0; odd < 2; odd++) {
-        const u32 codes = odd ? choose_bits(0xAAAAAAAAu, plane[0], plane[1] >> 1)
-                              : choose_bits(0xAAAAAAAAu, plane[0] << 1, plane[1]);
+    for (int r = 0; r < LevelCodes::WORDS; r++) {
+      if (BITS == 2) {
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           // Code c of each byte becomes the nibbles 2 c and 2 c + 1.
-          const u32 picks = ((codes >> 2 * k) & 0x03030303u) * 0x22 + 0x10101010u;
-          const int b = 2 * (2 * k + odd);
-          pair[b] = __byte_perm(low[row][0], low[row][1], picks);
-          pair[b + 1] = __byte_perm(low[row][0], low[row][1], picks >> 16);
+          const u32 picks = ((codes.w[r] >> 2 * k) & 0x03030303u) * 0x22 + 0x10101010u;
+          const int b = 2 * (2 * k + r);
+          pair[b] = pick_bytes(low[row][0], low[row][1], picks);
+          pair[b + 1] = pick_bytes(low[row][0], low[row][1], picks >> 16);
         }
+        continue;
       }
-      return;
-    }
-    u32 p[3];
-#pragma unroll
-    for (int q = 0; q < 3; q++) p[q] = BITS == 4 ? ~(plane[q + BITS - 3] ^ plane[0]) : plane[q];
-    const u32 first = BITS == 4 ? plane[0] : 0;
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-      // A nibble for each of the inputs r, r + 4, ..: the entry, and bit 0 of 4 above it.
-      const bool odd = r & 1;
-      const u32 entry = odd ? choose_bits(0xAAAAAAAAu, p[1], p[2] >> 1) : choose_bits(0xAAAAAAAAu, p[1] << 1, p[2]);
-      u32 above;
-      if (BITS == 4) above = odd ? choose_bits(0xAAAAAAAAu, first, p[0] >> 1) : choose_bits(0xAAAAAAAAu, first << 1, p[0]);
-      else above = (odd ? p[0] >> 1 : p[0]) & 0x55555555u;
-      const u32 nibbles = r < 2 ? choose_bits(0xCCCCCCCCu, above << 2, entry) : choose_bits(0xCCCCCCCCu, above, entry >> 2);
-      const u32 picks = BITS == 4 ? nibbles & 0x77777777u : nibbles;
-      const u32 signs = BITS == 4 ? ~nibbles & 0x88888888u : 0;
+      const u32 picks = BITS == 4 ? codes.w[r] & 0x77777777u : codes.w[r];
+      const u32 signs = BITS == 4 ? ~codes.w[r] & 0x88888888u : 0;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const u32 pick = h ? picks >> 16 : picks, sign = h ? signs >> 16 : signs & 0xFFFFu;
-        const u32 lo = __byte_perm(low[row][0], low[row][1], pick);
-        const u32 hi = __byte_perm(high[row][0], high[row][1], pick);
+        const u32 lo = pick_bytes(low[row][0], low[row][1], pick);
+        const u32 hi = pick_bytes(high[row][0], high[row][1], pick);
         const int b = 4 * r + 2 * h;
         pair[b] = __byte_perm(lo, hi, 0x5140);
         pair[b + 1] = __byte_perm(lo, hi, 0x7362);
@@ -121,5 +141,10 @@ struct Levels {
         }
       }
     }
+  }
+  DEVICE void pairs(int row, const u32 (&plane)[BITS], u32 (&pair)[16]) const {   // from the words of all planes
+    LevelCodes codes;
+    codes.make(plane);
+    pairs(row, codes, pair);
   }
 };

@@ -5,14 +5,14 @@
 //
 // Two lanes share a slice of a token: each reads eight pieces of eight inputs, keeps them in registers until
 // the largest of the token is known, and writes eight places of eight. The blocks of a cluster split the inputs
-// and tell each other their largest. -D: TOKENS (of a tile) 128|256, HELD: slices of a token that two lanes
-// take, so that a block has 16 HELD. Grid: padded tokens / 8 * cluster size; 256 threads.
+// and tell each other their largest. -D: TOKENS (of a tile), HELD: slices of a token that two lanes take, so
+// that a warp has 2 HELD. Grid: padded tokens / 8 * cluster size; up to 256 threads.
 
 #include "prefill.cuh"
 
 constexpr bool LEVELS = !UNIFORM;                      // integers of free levels, not bits
 constexpr bool QUARTERS = LEVELS && BITS > 2;          // of both inputs of a pair in one piece
-constexpr int WARPS = 8, MOST_BLOCKS = 8;
+constexpr int MOST_WARPS = 8, MOST_BLOCKS = 8;
 
 struct Arguments {
   const u16* x;            // [tokens][in_features], rows x_stride apart
@@ -56,13 +56,13 @@ __host__ __device__ constexpr int place_pair(int c, int side) {
   return QUARTERS ? 4 * (c & 3) + 2 * side + (c >> 2) : LEVELS ? 2 * c + side : 8 * side + c;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32)
 prefill_arrange(const __grid_constant__ Arguments p) {
-  __shared__ u32 largest[MOST_BLOCKS][WARPS][8];   // of every block and warp: 8 tokens
+  __shared__ u32 largest[MOST_BLOCKS][MOST_WARPS][8];   // of every block and warp: 8 tokens
   const int blocks = cluster_size(), block = cluster_rank();
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, side = lane >> 3 & 1;
+  const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31, side = lane >> 3 & 1;
   const int token = blockIdx.x / blocks * 8 + (lane & 7);
-  const int first = block * (HELD * 2 * WARPS) + warp * 2 + (lane >> 4);   // slice
+  const int first = block * (HELD * 2 * warps) + warp * 2 + (lane >> 4);   // slice
   let_next_kernel_start();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   wait_for_previous_kernel();
@@ -73,7 +73,7 @@ prefill_arrange(const __grid_constant__ Arguments p) {
     const bool active = token < p.tokens, wide = ((u64)row & 15) == 0;
 #pragma unroll
     for (int h = 0; h < HELD; h++) {
-      const int at = (first + h * 2 * WARPS) * 128;
+      const int at = (first + h * 2 * warps) * 128;
       const bool inside = active && wide && at + 128 <= p.in_features;
 #pragma unroll
       for (int t = 0; t < 4; t++)
@@ -98,13 +98,13 @@ prefill_arrange(const __grid_constant__ Arguments p) {
   u32 both = 0;
   for (int r = 0; r < blocks; r++)
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) both = largest_of(both, largest[r][w][lane & 7]);
+    for (int w = 0; w < warps; w++) both = largest_of(both, largest[r][w][lane & 7]);
   const float value = x_to_float((u16)(both > both << 16 ? both >> 16 : both));
   // The exponent field of the largest; one bf16 token may be too small or too large to bring into range.
   const int exponent = min(max((int)(__float_as_uint(value) >> 23), 16), 254);
   const float up = __uint_as_float((u32)(254 + 14 - exponent) << 23 & 0x7F800000u);   // 2^(14 - e)
   if (blockIdx.x == 0)
-    for (int i = threadIdx.x; i < p.flags; i += WARPS * 32) p.factors[gridDim.x / blocks * 8 + i] = 0.f;
+    for (int i = threadIdx.x; i < p.flags; i += blockDim.x) p.factors[gridDim.x / blocks * 8 + i] = 0.f;
   if (block == 0 && threadIdx.x < 8) p.factors[token] = __uint_as_float((u32)(exponent - 14) << 23);
   const int parts = (p.slices + PART_SLICES - 1) / PART_SLICES;
   char* out = p.arranged + (long long)(token / TOKENS) * ((long long)p.slices * X_BYTES + parts * PART_BYTES);
@@ -124,7 +124,7 @@ prefill_arrange(const __grid_constant__ Arguments p) {
   };
 #pragma unroll
   for (int h = 0; h < HELD; h++) {
-    const int slice = first + h * 2 * WARPS;
+    const int slice = first + h * 2 * warps;
     float sum = 0.f;
     char* here = out + (long long)slice * X_BYTES + place;
 #pragma unroll
@@ -149,6 +149,6 @@ prefill_arrange(const __grid_constant__ Arguments p) {
     if (side == 0 && slice < p.slices) write_sum(slice, sum * (up * (1.f / 256.f)));
   }
   if (block == blocks - 1 && side == 0)   // zeros behind the sums
-    for (int slice = p.slices + warp * 2 + (lane >> 4); slice < parts * PART_SLICES; slice += 2 * WARPS)
+    for (int slice = p.slices + warp * 2 + (lane >> 4); slice < parts * PART_SLICES; slice += 2 * warps)
       write_sum(slice, 0.f);
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lutra.kernels.cuda.launch import Card
@@ -11,8 +11,11 @@ from lutra.kernels.cuda.layout import Layout
 
 PREFILL_TOKENS = 64  # beyond these it may be faster than the kernels that read weights once
 STEP_GROUPS = 1024  # fewest groups of 4-bit free levels: their steps are good on average
-TILES = ((256, 2), (128, 3))  # tokens and warpgroups of a block
+TILES = ((256, 2), (128, 3), (128, 2))  # tokens and warpgroups of a block
+SHARES = (2, 4)  # clusters that may share a tile, where all of them run at once
+SHARED_TOKENS = 128  # of such a tile
 ARRANGE_SLICES = 16  # of a block that arranges x, times those that a lane holds
+ARRANGE_TOKENS = 256  # up to so many are arranged by small blocks
 RESERVED_BYTES = 512  # barriers, which the kernel declares itself
 
 
@@ -29,6 +32,8 @@ class PrefillPlan:
         near_tiles: token tiles of the same rows that run side by side.
         split: rounds of tiles, 0 to 2, in which all clusters share the inputs of what is left, so
             that none is idle.
+        shares: clusters that share the inputs of every tile, and its results; 1, 2 or 4.
+        turns: whether warpgroups queue their products in turns.
     """
 
     kernel: str
@@ -38,6 +43,13 @@ class PrefillPlan:
     cluster: int
     near_tiles: int
     split: int = 0
+    shares: int = 1
+    turns: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self.groups * 64
 
 
 @cache
@@ -52,21 +64,31 @@ def prefill_plans(
     if device.capability != (9, 0) or not fits or tokens <= PREFILL_TOKENS:
         return ()
     scored = []
-    for (width, groups), cluster in itertools.product(TILES, (2, 1)):
+    for (width, groups), cluster, turns in itertools.product(TILES, (2, 1), (1, 0)):
+        if (width, groups) != (128, 3) and (turns == 0 or width == 128 < cluster * 128):
+            continue  # never the fastest of those measured
         token_tiles, row_blocks = -(-tokens // width), -(-layout.rows // (64 * groups))
         tiles, most = -(-row_blocks // cluster) * token_tiles, device.processors // cluster
-        # Clocks of a tile: products of its slices and of the sums, start and results.
-        clocks = layout.items * 2 * 1.03 * groups * width * 4 + 3000 + 8 * width
+        # Clocks of a slice: of its products, or of what a warpgroup does between them.
+        slowed = 1.05 if uniform or width > 128 else 1.35
+        slice_clocks = max(groups * width * 4 * slowed, width * 4 + (900 if uniform else 1200))
+        # Of a tile: products of its slices and of the sums, start and results.
+        clocks = layout.items * 2 * slice_clocks + 3000 + 8 * width
         stages = most_stages(layout, uniform, width, groups, device)
+        near = min(4, token_tiles)
+        plan = PrefillPlan("code_prefill", width, groups, stages, cluster, near, turns=turns)
+        likely = 0 if groups == 3 and (uniform or layout.bits == 2) else 1
+        unsure = 300 * ((cluster == 1) + (turns != likely))
         for split in (0, 1, 2) if tiles % most else (0,):
             rounds = tiles / most if split else -(-tiles // most)
-            plan = PrefillPlan(
-                "code_prefill", width, groups, stages, cluster, min(4, token_tiles), split
-            )
             # Those that share a tile hand their sums to one of them, one after the other.
             shared = tiles - max(0, tiles // most + 1 - split) * most
             handing = 12000 + 3000 * most / shared if split else 0
-            scored.append((rounds * clocks + handing, plan))
+            scored.append((rounds * clocks + handing + unsure, replace(plan, split=split)))
+        for shares in SHARES:
+            if tiles * shares <= most and width == SHARED_TOKENS and layout.items >= shares:
+                handing = 6000 + 1000 * shares
+                scored.append((clocks / shares + handing + unsure, replace(plan, shares=shares)))
     scored.sort(key=lambda pair: pair[0])
     return tuple(plan for _, plan in scored)
 
@@ -76,6 +98,7 @@ def prefill_fits(
 ) -> bool:
     """Whether a plan read from a file can run."""
     most = most_stages(layout, uniform, plan.tokens, plan.groups, device)
+    tiles = prefill_tiles(plan, layout, tokens)
     return (
         bool(prefill_plans(layout, uniform, scale_bytes, tokens, device))
         and (plan.tokens, plan.groups) in TILES
@@ -83,7 +106,22 @@ def prefill_fits(
         and plan.cluster in (1, 2)
         and plan.near_tiles > 0
         and plan.split in (0, 1, 2)
+        and plan.turns in (0, 1)
+        and (
+            plan.shares == 1
+            or plan.shares in SHARES
+            and plan.split == 0
+            and plan.tokens == SHARED_TOKENS
+            and plan.shares <= layout.items
+            and tiles * plan.shares <= device.processors // plan.cluster
+        )
     )
+
+
+def prefill_tiles(plan: PrefillPlan, layout: Layout, tokens: int) -> int:
+    """Tiles of a cluster: blocks of rows times tiles of tokens."""
+    row_blocks = -(-layout.rows // plan.rows)
+    return -(-row_blocks // plan.cluster) * -(-tokens // plan.tokens)
 
 
 def _stage_bytes(layout: Layout, uniform: bool, tokens: int, groups: int) -> int:
@@ -124,9 +162,10 @@ def prefill_work(
     plan: PrefillPlan, layout: Layout, uniform: bool, tokens: int, half: bool, device: Card
 ) -> PrefillWork:
     """``half``: results in half, not bf16."""
-    row_blocks = -(-layout.rows // (64 * plan.groups))
-    tiles = -(-row_blocks // plan.cluster) * -(-tokens // plan.tokens)
+    tiles = prefill_tiles(plan, layout, tokens)
     most = device.processors // plan.cluster
+    if plan.shares > 1:
+        return PrefillWork(tiles * plan.shares, 0, 0, 0)
     if plan.split == 0 or tiles % most == 0:
         return PrefillWork(min(most, tiles), tiles, 0, 0)
     whole = max(0, tiles // most + 1 - plan.split) * most
@@ -137,10 +176,10 @@ def prefill_work(
 
 def shared_sums(plan: PrefillPlan, work: PrefillWork) -> tuple[int, int]:
     """Floats of sums that blocks hand to each other, and flags; none if every tile is whole."""
-    if work.share + work.extra == 0:
+    if work.share + work.extra == 0 and plan.shares == 1:
         return 0, 0
     blocks = work.clusters * plan.cluster
-    return blocks * plan.groups * 64 * plan.tokens, blocks * plan.groups * 4
+    return blocks * plan.rows * plan.tokens, blocks * plan.rows // 16
 
 
 def arrange_held(layout: Layout) -> int:
@@ -149,8 +188,15 @@ def arrange_held(layout: Layout) -> int:
     return next((held for held in (1, 2, 4) if slices <= held * ARRANGE_SLICES * 8), 0)
 
 
-def arrange_blocks(layout: Layout) -> int:
-    """Blocks of a cluster of `prefill_arrange.cu`, at most eight."""
+def arrange_blocks(layout: Layout, warps: int = 8) -> int:
+    """Blocks of ``warps`` warps in a cluster that arranges x, at most eight."""
+    return -(-layout.items * 2 // (arrange_held(layout) * 2 * warps))
+
+
+def arrange_warps(layout: Layout, tokens: int) -> int:
+    """Warps of a block of `prefill_arrange.cu`: few where few tokens would fill few processors."""
+    if tokens > ARRANGE_TOKENS:
+        return 8
     return -(-layout.items * 2 // (arrange_held(layout) * ARRANGE_SLICES))
 
 

@@ -55,6 +55,7 @@ from lutra.kernels.cuda.prefill_plans import (
     PrefillPlan,
     arrange_blocks,
     arrange_held,
+    arrange_warps,
     arranged_bytes,
     prefill_shared_bytes,
     prefill_work,
@@ -352,6 +353,7 @@ def prefill_defines(
     both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
     return both | {"HELD": arrange_held(layout)}, both | {
         "GROUPS": plan.groups, "STAGES": plan.stages, "CLUSTER": plan.cluster,
+        "TURNS": plan.turns, "SHARES": plan.shares,
     }
 
 
@@ -612,14 +614,15 @@ def _prefill_arrange(
         padded: tokens, filled up to whole tiles.
         flags: words behind the factors that are set to 0.
     """
-    blocks = arrange_blocks(layout)
+    warps = arrange_warps(layout, padded)
+    blocks = arrange_blocks(layout, warps)
     arrange(
         _PrefillArrangeArguments(
             x.data_ptr(), arranged.data_ptr(), factors.data_ptr(), x.stride(0), x.shape[0],
             layout.inputs, layout.items * 2, flags,
         ),
         (padded // 8 * blocks, 1, 1),
-        256,
+        warps * 32,
         blocks,
     )
 
@@ -633,7 +636,7 @@ def prefill_linear(
         _check_steps(scales, layout)
     device, tokens, half = card(x.device.index), x.shape[0], x.dtype == torch.float16
     arrange, kernel = _prefill_functions(plan, layout, uniform, scales.dtype, x.dtype, device)
-    token_tiles, row_blocks = -(-tokens // plan.tokens), -(-layout.rows // (64 * plan.groups))
+    token_tiles, row_blocks = -(-tokens // plan.tokens), -(-layout.rows // plan.rows)
     padded = plan.tokens * token_tiles
     work = prefill_work(plan, layout, uniform, tokens, half, device)
     sums, flags = shared_sums(plan, work)
@@ -644,12 +647,14 @@ def prefill_linear(
     _prefill_arrange(arrange, x, arranged, factors, padded, layout, flags)
     boxed = y.data_ptr() % 16 == 0 and y.stride(0) % 8 == 0
     results = (
-        half_boxes(y.data_ptr(), tokens, layout.rows, y.stride(0), plan.tokens, 64)
+        half_boxes(
+            y.data_ptr(), tokens, layout.rows, y.stride(0), plan.tokens // plan.shares, 64
+        )
         if boxed else (ctypes.c_ulonglong * 16)()
     )
     arguments = _PrefillArguments(
-        *_weight_boxes(plan.groups * 4, planes, scales, layout),
-        _step_boxes(plan.groups * 4, scales, layout, uniform), results,
+        *_weight_boxes(plan.rows // 16, planes, scales, layout),
+        _step_boxes(plan.rows // 16, scales, layout, uniform), results,
         scales.data_ptr(), arranged.data_ptr(), factors.data_ptr(), _pointer(bias), y.data_ptr(),
         y.stride(0), layout.rows, tokens, layout.tiles, layout.items, layout.groups,
         layout.items_per_group, row_blocks, token_tiles, min(plan.near_tiles, token_tiles),
