@@ -38,7 +38,7 @@ def test_plans(shape: tuple[int, int], bits: int) -> None:
             for plan in plans:
                 assert place_batch_fits(plan, layout, False, 2, tokens, H200)
                 assert plan.tokens in PLACE_BATCH_TOKENS and plan.tokens >= tokens
-                assert plan.groups <= MOST_GROUPS[plan.tall, plan.tokens]
+                assert plan.groups <= MOST_GROUPS[plan.tall, plan.tokens][bits > 2]
                 assert place_batch_shared_bytes(plan, layout) < H200.shared_bytes
                 work = place_batch_work(plan, layout)
                 units = -(-shape[0] // plan.rows) * layout.items * 2
@@ -78,8 +78,11 @@ def test_plans_of_other_versions_are_refused() -> None:
 def test_arguments_mirror_the_source(kernel: str, struct: type[ctypes.Structure]) -> None:
     source = nvrtc.source(kernel)
     types: dict[str, object] = {
-        "int": ctypes.c_int, "long long": ctypes.c_longlong, "TensorMap": ctypes.c_ulonglong * 16,
-        "Results": products._Results, "Shares": products._Shares,
+        "int": ctypes.c_int,
+        "long long": ctypes.c_longlong,
+        "TensorMap": ctypes.c_ulonglong * 16,
+        "Results": products._Results,
+        "Shares": products._Shares,
     }
 
     def fields(name: str) -> list[tuple[str, object]]:

@@ -31,7 +31,8 @@ def test_every_plan(bits: int, tokens: int) -> None:
         torch.cuda.synchronize()
         dtype = (torch.float16, torch.bfloat16)[(index + bits) % 2]
         x = torch.randn(tokens, in_features + 1, device="cuda").to(dtype)[:, 1:]
-        x[0, 2] *= 1000
+        if tokens >= 16:  # what an outlier costs differs from token to token
+            x[torch.arange(tokens), torch.randint(in_features, (tokens,))] *= 1000
         bias = torch.randn(out_features, device="cuda").to(dtype)
         exact = x.double() @ weight.unpack(torch.float64).T + bias.double()
         allowed = ROUNDING_ALLOWANCE * rounding_error(exact, dtype)

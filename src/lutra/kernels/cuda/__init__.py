@@ -8,6 +8,8 @@
   x in order.
 - `code_batch.cu`, 8 to 64 tokens with uniform levels, Hopper: the same by warpgroups, which cut
   the next codes meanwhile.
+- `place_batch.cu`, 9 to 64 tokens with free levels of 2 to 4 bits, Hopper: sparse products of
+  warpgroups, whose metadata are plane words; `place_arrange.cu` orders x for it.
 - `field_linear.cu`, tens of tokens, Hopper: fp16 tensor cores on exact bit fields.
 - `code_linear.cu`, from 8 tokens to any number, Hopper: fp16 tensor cores on exact integers.
 - `code_prefill.cu`, a hundred tokens and more, Hopper: the same in blocks of more tokens, whose

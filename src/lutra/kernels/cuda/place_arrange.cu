@@ -82,7 +82,7 @@ place_arrange(const __grid_constant__ Arguments p) {
   const int token = blockIdx.x / blocks * TOGETHER + column;
   const int first = (block * warps + warp) * HELD;   // slice
   let_next_kernel_start();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if (blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   wait_for_previous_kernel();
   uint4 held[HELD][2];   // piece i: 8 inputs from 32 part + 16 i + 8 side of the slice on
   u32 most = 0;
@@ -101,10 +101,15 @@ place_arrange(const __grid_constant__ Arguments p) {
   }
 #pragma unroll
   for (int by = 4; by < 32; by *= 2) most = largest_of(most, __shfl_xor_sync(~0u, most, by));
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");   // all blocks have begun
   const int to = lane >> 2;   // eight lanes tell eight blocks
-  if (to < blocks) store_word(shared_address(&largest[block][warp][column]), to, most);
-  cluster_sync();
+  if (blocks > 1) {
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");   // all blocks have begun
+    if (to < blocks) store_word(shared_address(&largest[block][warp][column]), to, most);
+    cluster_sync();
+  } else {
+    if (to == 0) largest[0][warp][column] = most;
+    __syncthreads();
+  }
   u32 both = 0;
   for (int i = lane >> 2; i < blocks * warps; i += 8) both = largest_of(both, largest[i / warps][i % warps][column]);
 #pragma unroll

@@ -11,8 +11,12 @@ from lutra.kernels.cuda.layout import Layout
 
 PLACE_BATCH_TOKENS = (16, 32, 64)  # widths that are compiled
 LEAST_TOKENS = 5  # fewer have kernels of their own
-# Most warpgroups of a block whose registers suffice, by their blocks of 64 rows and by tokens.
-MOST_GROUPS = {(1, 16): 4, (1, 32): 4, (1, 64): 3, (2, 16): 3, (2, 32): 3, (2, 64): 2}
+# Most warpgroups of a block whose registers suffice, by their blocks of 64 rows and by tokens: with
+# two planes, with more.
+MOST_GROUPS = {
+    (1, 16): (4, 4), (1, 32): (4, 3), (1, 64): (3, 3), (2, 16): (3, 3), (2, 32): (3, 3),
+    (2, 64): (2, 2),
+}  # fmt: skip
 LEAST_STAGES, MOST_STAGES = 3, 10
 MOST_HELD = 2  # slices of a warp of `place_arrange.cu`, of which a block has 32 at most
 ARRANGE_BLOCKS = 8  # of a cluster
@@ -22,8 +26,9 @@ RESERVED_BYTES = 1024  # barriers and factors, which the kernel declares itself
 # behind the products of other warpgroups.
 PRODUCT_CLOCKS = {16: 150, 32: 160, 64: 290}
 OTHER_CLOCKS = 250
-BLOCK_CLOCKS = 5000  # of a block's start and its results
-HANDING_CLOCKS = 1500  # of sums from one block to another
+UNIT_CLOCKS = 80  # of a slice, whatever its rows
+BLOCK_CLOCKS = 5000  # of a block's start and its results, for each of `tall`
+HANDING_CLOCKS = 500  # more if the parts of a block of rows are not alike
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,11 @@ def place_batch_shared_bytes(plan: PlaceBatchPlan, layout: Layout) -> int:
 
 
 def place_batch_fits(
-    plan: PlaceBatchPlan, layout: Layout, uniform: bool, scale_bytes: int, tokens: int,
+    plan: PlaceBatchPlan,
+    layout: Layout,
+    uniform: bool,
+    scale_bytes: int,
+    tokens: int,
     device: Card,
 ) -> bool:
     """Whether a plan can run, whoever made it."""
@@ -114,7 +123,8 @@ def place_batch_fits(
         and scale_bytes == 2
         and places_held(layout) <= MOST_HELD
         and tokens <= plan.tokens in PLACE_BATCH_TOKENS
-        and 2 <= plan.groups <= MOST_GROUPS.get((plan.tall, plan.tokens), 0)
+        and (plan.tall, plan.tokens) in MOST_GROUPS
+        and 2 <= plan.groups <= MOST_GROUPS[plan.tall, plan.tokens][layout.bits > 2]
         and plan.stages >= LEAST_STAGES
         and 1 <= plan.blocks <= device.processors  # all of them run at the same time
         and place_batch_shared_bytes(plan, layout) <= device.shared_bytes - RESERVED_BYTES
@@ -134,7 +144,9 @@ def place_batch_plans(
     scored = []
     for tall, groups in itertools.product((1, 2), (2, 3, 4)):
         row_blocks = -(-layout.rows // (groups * tall * 64))
-        for blocks in {device.processors, min(device.processors, row_blocks)}:
+        # All of the card, or as many blocks as come out even.
+        even = row_blocks * max(1, device.processors // row_blocks)
+        for blocks in {device.processors, min(device.processors, even)}:
             for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
                 plan = PlaceBatchPlan("place_batch", width, groups, tall, stages, blocks)
                 if place_batch_fits(plan, layout, uniform, scale_bytes, tokens, device):
@@ -143,9 +155,9 @@ def place_batch_plans(
                 continue
             work = place_batch_work(plan, layout)
             products = couples * PRODUCT_CLOCKS[width]
-            clocks = tall * max(groups * products, products + OTHER_CLOCKS)
-            handed = min(-(-slices // work.share), work.blocks) if work.share else 0
-            score = (work.share + (work.extra > 0)) * clocks + BLOCK_CLOCKS
+            clocks = tall * max(groups * products, products + OTHER_CLOCKS) + UNIT_CLOCKS
+            handed = work.extra > 0 or slices % work.share > 0
+            score = (work.share + (work.extra > 0)) * clocks + tall * BLOCK_CLOCKS
             scored.append((score + handed * HANDING_CLOCKS, plan))
     scored.sort(key=lambda pair: pair[0])
     return tuple(dict.fromkeys(plan for _, plan in scored))

@@ -70,7 +70,7 @@ FEW_TOKENS_SMALL = {True: 8, False: 16}
 SMALL_WEIGHTS = 24 << 20
 BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
-PLACE_TOKENS = {2: 64, 3: 32, 4: 32}  # by planes; beyond these `code_linear` is faster
+PLACE_TOKENS = {2: 64, 3: 32, 4: 64}  # by planes; beyond these `code_linear` is faster
 FIELD_TOKENS = {True: 320, False: 128}
 PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
 _PLANS: dict[str, Callable[..., Plan]] = {
@@ -151,8 +151,6 @@ def choose(
     if batch:
         return batch[0], f"by rule: up to {batch_most} tokens on {device.arch}"
     place = place_batch_plans(layout, uniform, scale_bytes, tokens, device)
-    if layout.rows * layout.inputs < SMALL_WEIGHTS:  # `code_linear` starts faster
-        place = ()
     if place and tokens <= PLACE_TOKENS[layout.bits]:
         return place[0], (
             f"by rule: up to {PLACE_TOKENS[layout.bits]} tokens on {device.arch}"
