@@ -103,7 +103,7 @@ def _plans(
 ) -> tuple[StreamPlan, ...]:
     slices = layout.items * 2
     # Clocks: of a tile's slice, of one of a warp that is alone, of putting one in order.
-    work, alone, arranging = {8: (42, 350, 450), 16: (50, 450, 900)}[width]
+    work, alone, arranging = {8: (42, 350, 350), 16: (50, 450, 700)}[width]
     scored: list[tuple[float, StreamPlan]] = []
     for tiles, warps, k_warps, cluster, (most_stages, early) in itertools.product(
         MOST_WARPS, (8, 9, 12, 14, 16), (1, 2, 3, 4, 6), CLUSTERS, ((3, 3), (6, 2))
@@ -115,8 +115,9 @@ def _plans(
         passes = _ceil(units, warps // k_warps * held)
         clusters = _ceil(units, warps // k_warps * passes)
         of_block = _ceil(slices, cluster)
-        each = _ceil(of_block, k_warps) * max(warps * tiles * work, alone * tiles)
-        score = passes * (max(each, of_block * arranging) + 3000)
+        busy = warps * tiles * work * (1.2 if tiles == 1 else 1.0)  # x is read for every tile
+        each = max(_ceil(of_block, k_warps) * max(busy, alone * tiles), of_block * arranging)
+        score = passes * (each + of_block * width * 8 + 3000 + 700 * cluster)
         for stages in range(most_stages, 1, -1):
             plan = StreamPlan(
                 "stream_linear", width, tiles, warps, k_warps, stages, min(early, stages),
