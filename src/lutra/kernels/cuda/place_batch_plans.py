@@ -15,7 +15,7 @@ LEAST_TOKENS = 5  # fewer have kernels of their own
 # two planes, with more.
 MOST_GROUPS = {
     (1, 16): (4, 4), (1, 32): (4, 3), (1, 64): (3, 3), (2, 16): (3, 3), (2, 32): (3, 3),
-    (2, 64): (2, 2),
+    (2, 64): (2, 0),
 }  # fmt: skip
 LEAST_STAGES, MOST_STAGES = 3, 10
 MOST_HELD = 2  # slices of a warp of `place_arrange.cu`, of which a block has 32 at most
