@@ -16,7 +16,7 @@ import torch
 
 from lutra.formats.bitplanes import BitPlanes, groups_per_row
 from lutra.kernels.cuda import CudaKernel, kernels, tuning
-from lutra.kernels.cuda.batch_plans import BatchPlan, batch_plans, batch_sizes
+from lutra.kernels.cuda.batch_plans import batch_plans, batch_sizes
 from lutra.kernels.cuda.code_batch_plans import (
     code_batch_blocks,
     code_batch_plans,
@@ -52,6 +52,7 @@ from lutra.kernels.cuda.prefill_plans import (
     shared_sums,
 )
 from lutra.kernels.cuda.sparse_plans import sparse_plans, sparse_sizes
+from lutra.kernels.cuda.stream_plans import StreamPlan
 from lutra.kernels.cuda.tuning import choose
 from lutra.kernels.dispatch import LinearSpec
 
@@ -163,7 +164,7 @@ def test_plans_fit_the_card(card: Card, bits: int) -> None:
 def test_choice_comes_with_a_reason() -> None:
     layout = layout_of(4096, 4096, 3, 128, True)
     kinds = [type(choose(layout, True, 2, tokens, H200)[0]) for tokens in (1, 16, 4096)]
-    assert kinds == [FewPlan, BatchPlan, PrefillPlan]
+    assert kinds == [FewPlan, StreamPlan, PrefillPlan]
     wide = layout_of(4096, 4096, 6, 128, False)
     kinds = [type(choose(wide, False, 2, tokens, H200)[0]) for tokens in (1, 16, 64, 4096)]
     assert kinds == [FewPlan, FewPlan, FieldPlan, DensePlan]
@@ -186,11 +187,11 @@ def test_measured_table_is_read_and_a_broken_one_is_not(
     assert isinstance(choose(layout, True, 2, 17, H200)[0], CodePlan)
     row["plan"] = asdict(plan) | {"shared_bytes": 1 << 20}  # a table of another version
     tuning.save([row], H200, path)
-    assert isinstance(choose(layout, True, 2, 12, H200)[0], BatchPlan)
+    assert isinstance(choose(layout, True, 2, 12, H200)[0], StreamPlan)
     path.write_text("{")
     tuning._table.cache_clear()
     choose.cache_clear()
-    assert isinstance(choose(layout, True, 2, 12, H200)[0], BatchPlan)
+    assert isinstance(choose(layout, True, 2, 12, H200)[0], StreamPlan)
     assert "is not used" in caplog.text
     tuning._table.cache_clear()
     choose.cache_clear()
@@ -334,7 +335,7 @@ def test_host_side_of_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert first.x == x.data_ptr() and first.x_stride == 600
     assert set(boxes) == {layout.tiles}
     assert names == {
-        "binary_linear", "byte_linear", "batch_linear", "arrange", "field_linear", "code_linear",
+        "binary_linear", "byte_linear", "stream_linear", "arrange", "field_linear", "code_linear",
         "dequantize",
     }
 

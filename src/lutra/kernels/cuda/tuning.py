@@ -139,7 +139,10 @@ def choose(
         few_most = min(few_most, CODE_TOKENS)
     sparse = sparse_plans(layout, uniform, scale_bytes, tokens, device)
     batch_most = BATCH_TOKENS[codes]
-    batch = () if tokens > batch_most else batch_plans(layout, uniform, scale_bytes, tokens, device)
+    batch: tuple[Plan, ...] = ()
+    if tokens <= batch_most:
+        batch = stream_plans(layout, uniform, scale_bytes, tokens, device)
+        batch = batch or batch_plans(layout, uniform, scale_bytes, tokens, device)
     if batch or sparse:
         few_most = min(few_most, limits[True])
     if few_limit and tokens <= few_most:
