@@ -5,7 +5,7 @@
 //
 // A block takes GROUPS x 64 rows and TOKENS tokens at a time and goes from tile to tile until none is left. In
 // its first warpgroup, a warp fetches, two make the tables of free levels and one copies results; the others
-// take 64 rows each and may queue their products in turns. While the tensor core multiplies for one of them, the
+// take 64 rows each and queue their products in turns. While the tensor core multiplies for one of them, the
 // others rescale their sums, cut their next integers from the plane words, or put their results in a stage of the
 // ring. Without turns they would all do that, then all multiply. The blocks of a cluster take different rows of the
 // same tokens; each fetches a share of x for all of them. Tiles that are left when all clusters have had as many
@@ -15,8 +15,8 @@
 // With few tiles, SHARES clusters share the inputs of each instead, and each of them adds up and stores the results
 // of as many tokens.
 //
-// -D: TOKENS 128|256, GROUPS 2|3, STAGES, CLUSTER 1|2, TURNS 0|1 (whether products are queued in turns), SHARES
-// 1|2|4. Grid: as many blocks as the card has processors, or fewer.
+// -D: TOKENS 128|256, GROUPS 2|3, STAGES, CLUSTER 1|2, SHARES 1|2|4. Grid: as many blocks as the card has
+// processors, or fewer.
 // A cluster may wait for sums of those behind it, which give theirs before they wait for any themselves.
 
 #include "prefill.cuh"
@@ -271,24 +271,38 @@ DEVICE void pass_turn(u32 turns, int group) {   // to the next warpgroup
   if ((threadIdx.x & 31) == 0) barrier_arrive(turns + 8 * ((group + 1) % GROUPS));
 }
 
-// Products of a warpgroup, in turn: it waits until the one before it has queued its own. The wait is a loop, which
-// the compiler does not move the cutting and rescaling behind.
-template <int N> DEVICE void multiply(float (&sum)[SUMS], u32 (&a)[N][4], u32 stage, u32 turns, int group, u32& turn) {
+DEVICE bool barrier_passed(u32 barrier, u32 parity) {   // after some time, in any case
+  u32 is;
+  asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(is) : "r"(barrier), "r"(parity) : "memory");
+  return is;
+}
+DEVICE void change(u32& v, u32 bits) { asm volatile("xor.b32 %0, %0, %1;" : "+r"(v) : "r"(bits)); }
+
+// Products of a warpgroup, in turn: it waits until the one before it has queued its own. `never` is 0, which the
+// compiler does not know: operands and sums may change ahead of the wait, so that it does not make them behind it.
+template <int N> DEVICE void multiply(float (&sum)[SUMS], u32 (&a)[N][4], u32 stage, u32 turns, int group, u32& turn,
+                                      u32 never) {
 #pragma unroll
   for (int j = 0; j < N; j++)
     asm volatile("" : "+r"(a[j][0]), "+r"(a[j][1]), "+r"(a[j][2]), "+r"(a[j][3]));
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sum[i]));
   const u32 x = x_descriptor(stage);
-  if (TURNS) {
-    barrier_wait(turns + 8 * group, turn);
-    turn ^= 1;
+  const bool passed = barrier_passed(turns + 8 * group, turn);
+  if (never) {
+#pragma unroll
+    for (int j = 0; j < N * 4; j++) change(a[j >> 2][j & 3], never);
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) change((u32&)sum[i], never);
   }
+  if (!passed) barrier_wait(turns + 8 * group, turn);
+  turn ^= 1;
   products_begin();
 #pragma unroll
   for (int j = 0; j < N; j++) {
     multiply_add<TOKENS>(sum, a[j], x + j * (TOKENS * 2));
-    if (TURNS && j == min(N - 1, 4)) pass_turn(turns, group);   // so that the queue does not run dry
+    if (j == min(N - 1, 4)) pass_turn(turns, group);   // so that the queue does not run dry
   }
   products_commit();
 }
@@ -544,7 +558,7 @@ code_prefill(const __grid_constant__ Arguments p) {
   const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
   const int units = slices + parts;
   const Work work(p, units, first, step);
-  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warpgroup = warp >> 2;   // uniform
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x >> 7, 0);   // uniform
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + 8 * s, 1);
@@ -560,6 +574,7 @@ code_prefill(const __grid_constant__ Arguments p) {
 
   if (warpgroup == 0) {
     give_registers<FETCH_REGISTERS>();
+    const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);   // uniform
     if (warp == 0) fetch(p, work, units, ring, full, empty);
     if (TABLES && warp >= 2) make_tables(p, work, units, ring, full, tabled);
     if (warp == 1) store_results(p, work, units, ring, empty, results);
@@ -567,8 +582,9 @@ code_prefill(const __grid_constant__ Arguments p) {
   } else {
     take_registers<MULTIPLY_REGISTERS>();
     const int group = warpgroup - 1, lane = threadIdx.x & 31;
-    const int of = warp - 4;   // tile of 16 rows
+    const int of = group * 4 + (threadIdx.x >> 5 & 3);   // tile of 16 rows
     u32 turn = 0;   // parity
+    const u32 never = (u32)p.tiles >> 31;
     Position at;   // of what is read next
     float sum[SUMS];
     u32 a[8][4];
@@ -585,7 +601,7 @@ code_prefill(const __grid_constant__ Arguments p) {
     auto release = [&](int stage) {
       if (lane < CLUSTER) arrive_in_block(empty + 8 * stage, lane);
     };
-    if (TURNS && group == GROUPS - 1) pass_turn(turns, group);
+    if (group == GROUPS - 1) pass_turn(turns, group);
     wait_for_previous_kernel();
     for (int number = 0; number < work.count; number++) {
       const Item item(work, p, units, first, step, number);
@@ -606,7 +622,7 @@ code_prefill(const __grid_constant__ Arguments p) {
         unit = next;
         words.cut(a);
         const int stage = at.stage;
-        multiply(sum, a, ring + stage * STAGE_BYTES, turns, group, turn);
+        multiply(sum, a, ring + stage * STAGE_BYTES, turns, group, turn, never);
         at.next();
         if (n + 1 < last) next = load(words);   // while the products run
         products_wait<0>();
@@ -621,7 +637,7 @@ code_prefill(const __grid_constant__ Arguments p) {
         u32 by[4][4];
         terms.order(by);
         barrier_wait(ready + 8 * at.stage, at.parity);
-        multiply(sum, by, ring + at.stage * STAGE_BYTES, turns, group, turn);
+        multiply(sum, by, ring + at.stage * STAGE_BYTES, turns, group, turn, never);
         if (n + 1 < parts_end) terms.load(p, scales, (n + 1) * PART_SLICES + (lane & 3));   // while the products run
         products_wait<0>();
         release(at.stage);

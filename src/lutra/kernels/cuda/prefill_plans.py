@@ -33,7 +33,6 @@ class PrefillPlan:
         split: rounds of tiles, 0 to 2, in which all clusters share the inputs of what is left, so
             that none is idle.
         shares: clusters that share the inputs of every tile, and its results; 1, 2 or 4.
-        turns: whether warpgroups queue their products in turns.
     """
 
     kernel: str
@@ -44,7 +43,6 @@ class PrefillPlan:
     near_tiles: int
     split: int = 0
     shares: int = 1
-    turns: int = 1
 
     @property
     def rows(self) -> int:
@@ -64,8 +62,8 @@ def prefill_plans(
     if device.capability != (9, 0) or not fits or tokens <= PREFILL_TOKENS:
         return ()
     scored = []
-    for (width, groups), cluster, turns in itertools.product(TILES, (2, 1), (1, 0)):
-        if (width, groups) != (128, 3) and (turns == 0 or width == 128 < cluster * 128):
+    for (width, groups), cluster in itertools.product(TILES, (2, 1)):
+        if (width, groups, cluster) == (128, 2, 2):
             continue  # never the fastest of those measured
         token_tiles, row_blocks = -(-tokens // width), -(-layout.rows // (64 * groups))
         tiles, most = -(-row_blocks // cluster) * token_tiles, device.processors // cluster
@@ -76,19 +74,17 @@ def prefill_plans(
         clocks = layout.items * 2 * slice_clocks + 3000 + 8 * width
         stages = most_stages(layout, uniform, width, groups, device)
         near = min(4, token_tiles)
-        plan = PrefillPlan("code_prefill", width, groups, stages, cluster, near, turns=turns)
-        likely = 0 if groups == 3 and (uniform or layout.bits == 2) else 1
-        unsure = 300 * ((cluster == 1) + (turns != likely))
+        plan = PrefillPlan("code_prefill", width, groups, stages, cluster, near)
         for split in (0, 1, 2) if tiles % most else (0,):
             rounds = tiles / most if split else -(-tiles // most)
             # Those that share a tile hand their sums to one of them, one after the other.
             shared = tiles - max(0, tiles // most + 1 - split) * most
             handing = 12000 + 3000 * most / shared if split else 0
-            scored.append((rounds * clocks + handing + unsure, replace(plan, split=split)))
+            scored.append((rounds * clocks + handing, replace(plan, split=split)))
         for shares in SHARES:
             if tiles * shares <= most and width == SHARED_TOKENS and layout.items >= shares:
                 handing = 6000 + 1000 * shares
-                scored.append((clocks / shares + handing + unsure, replace(plan, shares=shares)))
+                scored.append((clocks / shares + handing, replace(plan, shares=shares)))
     scored.sort(key=lambda pair: pair[0])
     return tuple(plan for _, plan in scored)
 
@@ -106,7 +102,6 @@ def prefill_fits(
         and plan.cluster in (1, 2)
         and plan.near_tiles > 0
         and plan.split in (0, 1, 2)
-        and plan.turns in (0, 1)
         and (
             plan.shares == 1
             or plan.shares in SHARES

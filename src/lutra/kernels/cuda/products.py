@@ -353,7 +353,7 @@ def prefill_defines(
     both = format_defines(layout, uniform or one_plane, scale, x) | {"TOKENS": plan.tokens}
     return both | {"HELD": arrange_held(layout)}, both | {
         "GROUPS": plan.groups, "STAGES": plan.stages, "CLUSTER": plan.cluster,
-        "TURNS": plan.turns, "SHARES": plan.shares,
+        "SHARES": plan.shares,
     }
 
 
