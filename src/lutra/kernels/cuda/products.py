@@ -307,8 +307,7 @@ def sparse_defines(
 ) -> dict[str, int]:
     """Compile-time parameters of `sparse_linear.cu`."""
     return format_defines(layout, False, scale, x) | {
-        "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages,
-        "PANELS": plan.panels,
+        "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages, "PANELS": plan.panels,
     }
 
 

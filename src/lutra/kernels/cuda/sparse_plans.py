@@ -12,8 +12,8 @@ from lutra.kernels.cuda.layout import TILE_ROWS, Layout
 
 SPARSE_TOKENS = (8,)  # widths that are compiled
 SPARSE_BITS = (2, 3, 4)
-PART_BYTES = 8 * 512 + 64  # of 8 tokens and a slice: operands and sums
-SUM_TOKENS = 16  # tokens whose sums meet in shared memory at a time
+X_BYTES = 8 * 512 + 8 * 16 + 32  # of a slice: operands, sums, a shift of banks
+ALPHA_BYTES = 4 * 8 * 16  # of two planes of a tile, four slices
 # Share of the processors that clusters of a size fill on an H200, whose parts differ in size.
 CLUSTERS = {1: 1.0, 2: 1.0, 3: 0.89, 4: 0.91, 8: 0.91}
 RESERVED_BYTES = 1024  # what the kernel declares itself
@@ -65,17 +65,18 @@ class SparseSizes:
 
 
 def sparse_sizes(plan: SparsePlan, layout: Layout) -> SparseSizes:
-    """Shared memory of a plan: the warps' rings, x with its sums, the sums of rows.
+    """Shared memory of a plan: the warps' rings and alphas, x with its sums, the sums of rows.
 
     The sums of rows take the place of x if no further pass needs it.
     """
-    ring = plan.warps * plan.tiles * plan.stages * _tile_bytes(layout)
+    alphas = (layout.bits + 1) // 2 * ALPHA_BYTES
+    ring = plan.warps * plan.tiles * (plan.stages * layout.bits * 256 + alphas)
     slices = _ceil(_ceil(layout.items * 2, plan.cluster), plan.panels)
-    panel = slices * plan.tokens // 8 * PART_BYTES
+    panel = slices * X_BYTES
     x = panel * min(plan.panels, 2)
     rows = plan.warps // plan.k_warps * plan.tiles * TILE_ROWS  # of a block at a time
     passes = _ceil(layout.rows, rows * plan.clusters)
-    sums = plan.k_warps * min(plan.tokens, SUM_TOKENS) * (rows + 4) * 4
+    sums = plan.k_warps * plan.tokens * (rows + 4) * 4
     if passes == 1:
         return SparseSizes(passes, panel, ring, ring + max(x, sums))
     return SparseSizes(passes, panel, ring + x, ring + x + sums)
@@ -90,16 +91,13 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _most_warps(tiles: int, width: int, bits: int) -> int:
-    """Warps of a block whose registers suffice."""
-    sums = (bits + 1) // 2 * tiles * width // 2  # of a lane
-    if sums > 64:
-        return 0
-    if tiles == 4:
-        return 12 if sums <= 32 else 8
-    if tiles == 2:
-        return 16 if sums <= 16 else 12
-    return 16
+def _spills(tiles: int, warps: int, bits: int, panels: int) -> bool:
+    """Whether so many warps leave a warp too few registers."""
+    if tiles < 4:
+        return warps > (20 if tiles == 2 else 18)
+    if bits == 4 and panels == 1 and 8 < warps < 13:
+        return True
+    return warps > (16 if bits == 2 or panels == 1 else 12)
 
 
 def sparse_plans(
@@ -120,7 +118,7 @@ def _plans(
     for tiles, warps, k_warps, cluster, panels in itertools.product(
         (1, 2, 4), range(4, 21), (1, 2, 3, 4, 5, 6, 7, 8, 12), CLUSTERS, (1, 2, 3, 4, 6, 8, 12)
     ):
-        if warps % k_warps or warps > _most_warps(tiles, width, layout.bits):
+        if warps % k_warps or _spills(tiles, warps, layout.bits, panels):
             continue
         of_block = _ceil(slices, cluster)
         if panels > 1 and of_block < 2 * panels:
