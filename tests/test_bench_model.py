@@ -104,6 +104,7 @@ def test_parts_of_overlapping_kernels_add_up_to_the_token():
     ("kernel", "part"),
     [
         ("field_linear", "linear"), ("code_batch", "linear"), ("prefill_arrange", "linear"),
+        ("place_batch", "linear"),
         ("flat_few", "linear"), ("void cublasLt::splitKreduce_kernel<32>", "linear"),
         ("token_attention", "attention"), ("ncclDevKernel_AllReduce_Sum_f16", "communication"),
         ("void at::native::(anonymous namespace)::indexSelectSmallIndex", "other"),
