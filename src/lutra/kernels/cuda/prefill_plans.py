@@ -79,7 +79,7 @@ def prefill_plans(
             rounds = tiles / most if split else -(-tiles // most)
             # Those that share a tile hand their sums to one of them, one after the other.
             shared = tiles - max(0, tiles // most + 1 - split) * most
-            handing = 12000 + 3000 * most / shared if split else 0
+            handing = 14000 + 3000 * most / shared if split else 0
             scored.append((rounds * clocks + handing, replace(plan, split=split)))
         for shares in SHARES:
             if tiles * shares <= most and width == SHARED_TOKENS and layout.items >= shares:

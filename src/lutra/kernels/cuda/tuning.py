@@ -72,7 +72,7 @@ BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 PLACE_TOKENS = {2: 64, 3: 32, 4: 64}  # by planes; beyond these `code_linear` is faster
 FIELD_TOKENS = {True: 320, False: 128}
-PREFILL_RESULTS = 16384  # of a processor: with fewer, `code_prefill` leaves half of them idle
+PREFILL_RESULTS = 3072  # of a processor: with fewer, `code_linear` starts faster
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
     "stream_linear": StreamPlan,
