@@ -10,7 +10,6 @@ import itertools
 from dataclasses import dataclass
 from functools import cache
 
-from lutra.kernels.cuda.batch_plans import BatchPlan
 from lutra.kernels.cuda.code_batch_plans import CodeBatchPlan
 from lutra.kernels.cuda.launch import Card
 from lutra.kernels.cuda.layout import ITEM_INPUTS, TILE_ROWS, Layout
@@ -124,7 +123,7 @@ class DensePlan:
 
 
 Plan = (
-    FewPlan | BatchPlan | StreamPlan | SparsePlan | PlaceBatchPlan
+    FewPlan | StreamPlan | SparsePlan | PlaceBatchPlan
     | CodeBatchPlan | FieldPlan | CodePlan | PrefillPlan | DensePlan
 )
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lutra.errors import KernelError, ResourceError
-from lutra.kernels.cuda.batch_plans import BatchPlan, batch_sizes
 from lutra.kernels.cuda.code_batch_plans import (
     CHUNK_SLICES,
     CodeBatchPlan,
@@ -150,17 +149,6 @@ class _PrefillArguments(ctypes.Structure):
     ]
 
 
-class _BatchArguments(ctypes.Structure):
-    _fields_ = [
-        ("planes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("steps", ctypes.c_void_p),
-        *_FewArguments._fields_[2:-2],
-        ("k_warps", ctypes.c_int),
-        ("sums_offset", ctypes.c_int),
-    ]
-
-
 class _SparseArguments(ctypes.Structure):
     _fields_ = [
         *_FewArguments._fields_[:-2],
@@ -291,17 +279,6 @@ def code_defines(
     }
 
 
-def batch_defines(
-    plan: BatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype
-) -> dict[str, int]:
-    """Compile-time parameters of `batch_linear.cu`."""
-    one_plane = layout.bits == 1  # levels of one plane are uniform
-    return format_defines(layout, uniform or one_plane, scale, x) | {
-        "TOKENS": plan.tokens, "TILES": plan.tiles, "WARPS": plan.warps, "STAGES": plan.stages,
-        "PANELS": plan.panels, "SIGNS": plan.signs,
-    }
-
-
 def sparse_defines(
     plan: SparsePlan, layout: Layout, scale: torch.dtype, x: torch.dtype
 ) -> dict[str, int]:
@@ -382,36 +359,6 @@ def few_linear(
         layout.items, layout.groups, layout.items_per_group, plan.panel_items, plan.k_warps,
     )
     kernel(arguments, (plan.grid, 1, 1), plan.warps * 32)
-
-
-@cache
-def _batch_function(
-    plan: BatchPlan, layout: Layout, uniform: bool, scale: torch.dtype, x: torch.dtype,
-    device: Card,
-) -> Function:
-    shared = batch_sizes(plan, layout, uniform).shared_bytes
-    defines = batch_defines(plan, layout, uniform, scale, x)
-    return function("batch_linear", defines, device, shared)
-
-
-def batch_linear(
-    plan: BatchPlan, x: Tensor, planes: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor,
-    layout: Layout, uniform: bool,
-) -> None:
-    """``y = x @ W.T + bias`` for up to ``plan.tokens`` rows of x; unit inner strides."""
-    if has_steps(layout, uniform) and not plan.signs:
-        _check_steps(scales, layout)
-    kernel = _batch_function(
-        plan, layout, uniform, scales.dtype, x.dtype, card(x.device.index)
-    )
-    sizes = batch_sizes(plan, layout, uniform)
-    arguments = _BatchArguments(
-        planes.data_ptr(), scales.data_ptr(), scales.data_ptr() + 2 * scales_size(layout),
-        x.data_ptr(), _pointer(bias), y.data_ptr(), x.stride(0), y.stride(0), layout.rows,
-        layout.inputs, x.shape[0], layout.tiles, layout.items, layout.groups,
-        layout.items_per_group, plan.k_warps, sizes.sums_offset,
-    )
-    kernel(arguments, (plan.cluster * plan.clusters, 1, 1), plan.warps * 32, plan.cluster)
 
 
 @cache
@@ -841,15 +788,11 @@ def run(
 
     A plan for few tokens takes more of them in several launches.
     """
-    if isinstance(
-        plan, FewPlan | BatchPlan | StreamPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan
-    ):
+    if isinstance(plan, FewPlan | StreamPlan | SparsePlan | PlaceBatchPlan | CodeBatchPlan):
         for i in range(0, x.shape[0], plan.tokens):
             part = slice(i, i + plan.tokens)
             if isinstance(plan, FewPlan):
                 few_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
-            elif isinstance(plan, BatchPlan):
-                batch_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
             elif isinstance(plan, StreamPlan):
                 stream_linear(plan, x[part], planes, scales, bias, y[part], layout, uniform)
             elif isinstance(plan, SparsePlan):
@@ -897,8 +840,6 @@ def plan_instances(
     """Kernel files that a plan launches, each with its compile-time parameters."""
     if isinstance(plan, FewPlan):
         return [(plan.kernel, few_defines(plan, layout, uniform, scale, x))]
-    if isinstance(plan, BatchPlan):
-        return [("batch_linear", batch_defines(plan, layout, uniform, scale, x))]
     if isinstance(plan, StreamPlan):
         return [("stream_linear", stream_defines(plan, layout, uniform, scale, x))]
     if isinstance(plan, SparsePlan):
@@ -946,8 +887,6 @@ def load(
         plan, _ = choose(layout, uniform, scale.itemsize, count, gpu)
         if isinstance(plan, FewPlan):
             _few_function(plan, layout, uniform, scale, x, gpu)
-        elif isinstance(plan, BatchPlan):
-            _batch_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, StreamPlan):
             _stream_function(plan, layout, uniform, scale, x, gpu)
         elif isinstance(plan, SparsePlan):

@@ -21,7 +21,6 @@
 
 #include "fields.cuh"
 #include "hopper.cuh"
-#include "records.cuh"
 
 struct Arguments {
   TensorMap planes;        // [tiles][slices * words of a slice], see common.cuh; boxes: TILES slices
@@ -61,6 +60,13 @@ constexpr float WORTH = 4.f / (1 << BITS) * 16777216.f;
 // Sums are as many times larger than that, so that the terms with the sums of x are no subnormal halves.
 constexpr float LIFT = BITS <= 2 ? 256.f : 1.f;
 
+DEVICE float2 halves(u32 pair) { return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16))); }
+DEVICE u32 half_pair(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 // Of threads that have written nothing that another block reads: results on their way are not waited for.
 DEVICE void cluster_arrive_without() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lutra.kernels.cuda.batch_plans import BatchPlan, batch_fits, batch_plans
 from lutra.kernels.cuda.code_batch_plans import (
     CodeBatchPlan,
     code_batch_fits,
@@ -68,15 +67,13 @@ logger = logging.getLogger(__name__)
 FEW_TOKENS = {True: 4, False: 8}
 FEW_TOKENS_SMALL = {True: 8, False: 16}
 SMALL_WEIGHTS = 24 << 20
-BATCH_TOKENS = {True: 16, False: 8}
 CODE_TOKENS = 8  # beyond these `code_linear` is faster, where it runs
 PLACE_TOKENS = {2: 64, 3: 32, 4: 64}  # by planes; beyond these `code_linear` is faster
 FIELD_TOKENS = {True: 320, False: 128}
 PREFILL_RESULTS = 3072  # of a processor: with fewer, `code_linear` starts faster
 _PLANS: dict[str, Callable[..., Plan]] = {
     "binary_linear": FewPlan, "byte_linear": FewPlan, "exact_linear": FewPlan,
-    "stream_linear": StreamPlan,
-    "batch_linear": BatchPlan, "sparse_linear": SparsePlan, "code_batch": CodeBatchPlan,
+    "stream_linear": StreamPlan, "sparse_linear": SparsePlan, "code_batch": CodeBatchPlan,
     "place_batch": PlaceBatchPlan, "field_linear": FieldPlan, "code_linear": CodePlan,
     "code_prefill": PrefillPlan,
     "dense": DensePlan,
@@ -138,12 +135,8 @@ def choose(
     if code:
         few_most = min(few_most, CODE_TOKENS)
     sparse = sparse_plans(layout, uniform, scale_bytes, tokens, device)
-    batch_most = BATCH_TOKENS[codes]
-    batch: tuple[Plan, ...] = ()
-    if tokens <= batch_most:
-        batch = stream_plans(layout, uniform, scale_bytes, tokens, device)
-        batch = batch or batch_plans(layout, uniform, scale_bytes, tokens, device)
-    if batch or sparse:
+    stream = stream_plans(layout, uniform, scale_bytes, tokens, device)
+    if stream or sparse:
         few_most = min(few_most, limits[True])
     if few_limit and tokens <= few_most:
         return few_plans(layout, scale_bytes, min(tokens, few_limit), device)[0], (
@@ -151,8 +144,8 @@ def choose(
         )
     if sparse:
         return sparse[0], f"by rule: up to {sparse[0].tokens} tokens on {device.arch}"
-    if batch:
-        return batch[0], f"by rule: up to {batch_most} tokens on {device.arch}"
+    if stream:
+        return stream[0], f"by rule: up to {stream[0].tokens} tokens on {device.arch}"
     place = place_batch_plans(layout, uniform, scale_bytes, tokens, device)
     if place and tokens <= PLACE_TOKENS[layout.bits]:
         return place[0], (
@@ -180,8 +173,6 @@ def _fits(
         return place_batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, StreamPlan):
         return stream_fits(plan, layout, uniform, scale_bytes, tokens, device)
-    if isinstance(plan, BatchPlan):
-        return batch_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, SparsePlan):
         return sparse_fits(plan, layout, uniform, scale_bytes, tokens, device)
     if isinstance(plan, FieldPlan):
@@ -219,7 +210,6 @@ def candidates(
     if tokens > 2:
         plans += sparse_plans(layout, uniform, scale_bytes, tokens, device)
     if tokens > 4:
-        plans += batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += stream_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += code_batch_plans(layout, uniform, scale_bytes, tokens, device)[:8]
         plans += place_batch_plans(layout, uniform, scale_bytes, tokens, device)[:6]
