@@ -266,6 +266,36 @@ def test_plans_of_code_batch(bits: int, tokens: int) -> None:
             assert torch.equal(y[0], y[1]), plan
 
 
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_code_batch_goes_from_block_to_block_of_rows(tokens: int) -> None:
+    """More blocks of rows than the card has processors; chunks of slices that are not full."""
+    from lutra.kernels.cuda.code_batch_plans import code_batch_plans, code_batch_row_blocks
+    from lutra.kernels.cuda.launch import card
+    from lutra.kernels.cuda.layout import layout_of, to_kernel_order
+    from lutra.kernels.cuda.products import run
+
+    torch.manual_seed(tokens)
+    out_features, in_features = 30001, 2300
+    weight = random_weight(out_features, in_features, 3, 128, True)
+    layout = layout_of(out_features, in_features, 3, 128, True)
+    planes, scales = to_kernel_order(weight, layout)
+    torch.cuda.synchronize()
+    x = torch.randn(tokens, in_features, device="cuda").half()
+    exact = x.double() @ weight.unpack(torch.float64).T
+    allowed = ROUNDING_ALLOWANCE * rounding_error(exact, torch.float16)
+    plans = [
+        plan for plan in code_batch_plans(layout, True, 2, tokens, card(0))
+        if not plan.split and code_batch_row_blocks(plan, layout) > card(0).processors
+    ]
+    assert plans or card(0).capability != (9, 0)
+    for plan in plans:
+        y = torch.full((2, tokens, out_features), float("nan"), device="cuda").half()
+        for part in y:
+            run(plan, x, planes, scales, None, part, layout, True)
+        assert (y[0].double() - exact).norm().item() <= allowed, plan
+        assert torch.equal(y[0], y[1]), plan
+
+
 @pytest.mark.parametrize("bits", range(1, 5))
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("shape", [(33, 300, 128), (700, 4128, 256), (1200, 2176, 128)])

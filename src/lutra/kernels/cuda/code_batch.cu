@@ -35,7 +35,7 @@ struct Arguments {
 
 constexpr int ROW_GROUPS = GROUPS / K_GROUPS, ROWS = ROW_GROUPS * TALL * 64;
 constexpr int THREADS = GROUPS * 128 + 128;
-constexpr int FETCH_REGISTERS = K_GROUPS > 2 ? 40 : 32;
+constexpr int FETCH_REGISTERS = K_GROUPS > 1 ? 40 : 32;
 constexpr int START_REGISTERS = 65536 / THREADS / 8 * 8;   // of a thread, as launched: what the compiler takes
 constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (GROUPS + 1) - FETCH_REGISTERS) / GROUPS / 8 * 8;
 constexpr bool FRESH = TOKENS <= (TALL == 2 ? 32 : 16);   // products are added to the sums; needs registers
@@ -43,9 +43,10 @@ constexpr int GROUP_SCALE_BYTES = 16 * SLOTS * 2;     // of 16 rows
 constexpr int TILES = ROWS / 16;                      // of 16 rows; a warp has one
 constexpr int PLANES = TILES * SLICE_BYTES;           // bytes of one slice in the ring
 constexpr int CHUNK = 16, CHUNK_BYTES = TERMS * TOKENS * 32;   // slices, and their sums of x: TERMS steps
-constexpr int KEPT_BYTES = CHUNK * GROUP_SCALE_BYTES;  // scales of a chunk and 16 rows; as much for what is made of them
-constexpr int SLICE_STAGE = X_BYTES + PLANES, CHUNK_STAGE = CHUNK_BYTES + TILES * KEPT_BYTES;
-constexpr int SHARE_BYTES = SLICE_STAGE > CHUNK_STAGE ? SLICE_STAGE : CHUNK_STAGE;
+constexpr int SCALES = CHUNK * GROUP_SCALE_BYTES;     // of a chunk and 16 rows
+constexpr int KEPT_BYTES = SCALES + GROUP_SCALE_BYTES;   // what is made of them; a warp reads one slice too many
+constexpr int SLICE_STAGE = X_BYTES + PLANES, CHUNK_STAGE = CHUNK_BYTES + TILES * SCALES;   // bytes that arrive
+constexpr int SHARE_BYTES = X_BYTES + TILES * (SLICE_BYTES > SCALES ? SLICE_BYTES : SCALES);   // scales lie where planes do
 constexpr int STAGE_BYTES = K_GROUPS * SHARE_BYTES;   // a slice or a chunk of every share of the inputs
 constexpr int SUMS = TOKENS / 2;                      // of a lane
 constexpr int PITCH = ROWS + 4;                       // of sums in shared memory
@@ -160,7 +161,12 @@ struct Walk {
   int begin, end, slice;   // slice: the next
 
   DEVICE bool chunk_ends() const { return (slice + 1) % CHUNK == 0 || slice + 1 == end; }
-  DEVICE void next() { slice = slice + 1 == end ? begin : slice + 1; }
+  DEVICE void next() { pass(1); }
+  DEVICE int chunk_left() const { return min(CHUNK - slice % CHUNK, end - slice); }
+  DEVICE void pass(int count) {   // within a chunk
+    slice += count;
+    if (slice == end) slice = begin;
+  }
 };
 DEVICE int chunks_between(int begin, int end) {
   return end > begin ? (end + CHUNK - 1) / CHUNK - begin / CHUNK : 0;
@@ -199,7 +205,7 @@ struct Fetcher {
         const int number = here.slice / CHUNK;
         if (X) copy_bulk(at, p.arranged + (long long)p.items * (2 * X_BYTES) + number * (long long)CHUNK_BYTES, CHUNK_BYTES, barrier);
         if (WEIGHTS)
-          copy_box(at + CHUNK_BYTES, p.scales, group_of(p, number * CHUNK) * (GROUP_SCALE_BYTES / 4), row_block * TILES, barrier);
+          copy_box(at + X_BYTES, p.scales, group_of(p, number * CHUNK) * (GROUP_SCALE_BYTES / 4), row_block * TILES, barrier);
         chunk[k] = false;
       } else if (left[k]) {
         if (X) copy_bulk(at, p.arranged + (long long)here.slice * X_BYTES, X_BYTES, barrier);
@@ -341,7 +347,8 @@ code_batch(const __grid_constant__ Arguments p) {
       }
     };
     Place read = {ring + k_group * SHARE_BYTES, full, 0}, used = read;
-    Walk walk = walk_of(slices, part, parts, k_group, first_block), ahead = walk;   // of what is used, and read
+    Walk walk = walk_of(slices, part, parts, k_group, first_block), ahead = walk;   // chunks that are used, and read
+    int ahead_left = ahead.chunk_left();       // slices of a chunk that are to be read
     const int count = walk.end - walk.begin;   // slices of a block of rows
     const int blocks = SPLIT ? 1 : (p.row_blocks - first_block + block_step - 1) / block_step;
     int unread = count * blocks;   // slices that are not cut
@@ -370,15 +377,19 @@ code_batch(const __grid_constant__ Arguments p) {
     };
     auto pass = [&]() {   // to the slice that is read next
       read.next(full);
-      if (ahead.chunk_ends()) read.next(full);
-      ahead.next();
       unread--;
+      if (--ahead_left == 0) {
+        read.next(full);
+        ahead.pass(ahead.chunk_left());
+        ahead_left = ahead.chunk_left();
+      }
     };
     auto cut = [&](u32 (&to)[8][4]) { words.cut(to); };
-    auto load_kept = [&](float2 (&to)[TALL], int slice) {
+    u32 slot = 0;   // where those of a slice are kept
+    auto load_kept = [&](float2 (&to)[TALL]) {
 #pragma unroll
       for (int t = 0; t < TALL; t++) {
-        const uint2 v = load_pair(kept + slice % CHUNK * GROUP_SCALE_BYTES + t * KEPT_BYTES);
+        const uint2 v = load_pair(kept + slot + t * KEPT_BYTES);
         to[t] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
       }
     };
@@ -397,13 +408,16 @@ code_batch(const __grid_constant__ Arguments p) {
     auto start = [&](int t, u32 (&by)[8][4]) {
       if constexpr (FRESH) {
         multiply_all(by, product[t], used.stage, true);
-        if (t == 0) load_kept(unit, walk.slice);
+        if (t == 0) load_kept(unit);
       } else {
         if (t == 0)   // all sums, before products with any are queued
 #pragma unroll
           for (int i = 0; i < TALL; i++) rescale(sum[i], ratio[i]);
         multiply_all(by, sum[t], used.stage, false);
-        if (t == TALL - 1) load_kept(ratio, walk.slice + 1);
+        if (t == TALL - 1) {
+          slot += GROUP_SCALE_BYTES;   // past a chunk, nothing that is used
+          load_kept(ratio);
+        }
       }
     };
     auto finish = [&](int t) {   // after its products
@@ -451,7 +465,7 @@ code_batch(const __grid_constant__ Arguments p) {
       products_wait<0>();
       finish(TALL - 1);
       release();
-      walk.next();
+      if (FRESH) slot += GROUP_SCALE_BYTES;
     };
     auto finish_sums = [&]() {   // to the unit of the results
       if (!FRESH)
@@ -466,7 +480,7 @@ code_batch(const __grid_constant__ Arguments p) {
       __syncwarp();   // what was kept has been read
 #pragma unroll
       for (int t = 0; t < TALL; t++) {
-        const u32 scales = used.stage + CHUNK_BYTES + tile_of(t) * KEPT_BYTES + (lane >> 2) * 8;
+        const u32 scales = used.stage + X_BYTES + tile_of(t) * SCALES + (lane >> 2) * 8;
         auto scales_of = [&](int of) {   // slice of the chunk
           return scales + (GROUP == 256 ? group_of(p, number * CHUNK + of) - group_of(p, number * CHUNK) : of) * GROUP_SCALE_BYTES;
         };
@@ -496,7 +510,8 @@ code_batch(const __grid_constant__ Arguments p) {
       __syncwarp();
 #pragma unroll
       for (int t = 0; t < TALL; t++) multiply_all(by[t], sum[t], used.stage, false);
-      if (!FRESH) load_kept(ratio, from);
+      slot = from * GROUP_SCALE_BYTES;
+      if (!FRESH) load_kept(ratio);
       products_wait<0>();
 #pragma unroll
       for (int t = 0; t < TALL; t++)
@@ -524,9 +539,10 @@ code_batch(const __grid_constant__ Arguments p) {
       int left = count;
 #pragma unroll 1
       while (left > 0) {
-        const int from = walk.slice % CHUNK, length = min(CHUNK - from, walk.end - walk.slice);
+        const int from = walk.slice % CHUNK, length = walk.chunk_left();
         left -= length;
         begin_chunk(walk.slice / CHUNK, from, from + length);
+        walk.pass(length);
         if (TALL == 2) {
 #pragma unroll 1
           for (int n = 0; n < length; n++) step(a[0], a[1]);

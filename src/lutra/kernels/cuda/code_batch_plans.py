@@ -67,15 +67,13 @@ def code_batch_blocks(plan: CodeBatchPlan, layout: Layout, device: Card) -> int:
 
 def _stage_bytes(plan: CodeBatchPlan, layout: Layout) -> int:
     """x and planes of a slice or sums of x and scales of a chunk, for all shares of the inputs."""
-    tiles = plan.rows // 16
-    a_slice = plan.tokens * 256 + tiles * layout.bits * 256
-    chunk = plan.tokens * 128 + tiles * CHUNK_SLICES * 64
-    return plan.k_groups * max(a_slice, chunk)
+    of_tile = max(layout.bits * 256, CHUNK_SLICES * 64)
+    return plan.k_groups * (plan.tokens * 256 + plan.rows // 16 * of_tile)
 
 
 def code_batch_shared_bytes(plan: CodeBatchPlan, layout: Layout) -> int:
     """Shared memory of a block: its ring and what it makes of scales; then its sums."""
-    kept = plan.groups * plan.tall * 4 * CHUNK_SLICES * 64
+    kept = plan.groups * plan.tall * 4 * (CHUNK_SLICES + 1) * 64
     sums = plan.k_groups * plan.tokens * (plan.rows + 4) * 4 if plan.split else 0
     return max(plan.stages * _stage_bytes(plan, layout) + kept, sums)
 
