@@ -3,8 +3,8 @@
 - `binary_linear.cu`, 1 and 2 tokens: binary tensor cores; a plane word is an operand as it stands.
 - `byte_linear.cu`, 3 to 16 tokens: 8-bit tensor cores on masked words.
 - `exact_linear.cu`, a handful of rows: fp32, nothing rounded.
-- `sparse_linear.cu`, 3 to 8 tokens with free levels of 2 to 4 bits, Hopper: sparse products of every
-  warp for itself, whose metadata are plane words.
+- `sparse_linear.cu`, 3 to 8 tokens with free levels of 2 to 4 bits, Hopper: sparse products
+  (`mma.sp`), every warp for itself, whose metadata are plane words.
 - `stream_linear.cu`, 5 to 16 tokens with uniform levels, Hopper: fp16 tensor cores, every warp for
   itself, while other warps put x in order.
 - `code_batch.cu`, 8 to 64 tokens with uniform levels, Hopper: the same by warpgroups, which cut
