@@ -179,7 +179,7 @@ DEVICE Walk walk_of(int slices, u32 part, u32 parts, int k, int row_block) {
   walk.slice = SPLIT ? walk.begin : row_block * 7 % ((slices + CHUNK - 1) / CHUNK) * CHUNK;
   return walk;
 }
-// The group of a slice, and where its scales lie among those of a chunk.
+// The stored group that a slice reads.
 DEVICE int group_of(const Arguments& p, int slice) { return GROUP == 256 ? slice / 2 / p.items_per_group : slice; }
 
 // What comes next of every share of the inputs. Shares that end early have nothing to fetch.
@@ -229,7 +229,7 @@ struct Fetcher {
   }
 };
 
-// The results of two tokens and rows g, g + 8 become those of one token and four rows.
+// Results of eight rows and tokens: a lane gives those of row g and two tokens, and gets those of token g and two rows.
 DEVICE u32 transpose(u32 a) {
   u32 d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
