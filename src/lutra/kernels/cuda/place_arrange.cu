@@ -15,6 +15,7 @@
 // cluster size; threads: a warp for each HELD slices of a block.
 
 #include "hopper.cuh"
+#include "places.cuh"
 
 constexpr int MOST_WARPS = 32, MOST_BLOCKS = 8, TOGETHER = 4;   // tokens of a cluster
 constexpr int PRODUCT_BYTES = TOKENS * 64, X_SUMS = 8 * PRODUCT_BYTES, X_BYTES = X_SUMS + TOKENS * 32;
@@ -37,11 +38,6 @@ DEVICE void store_word(u32 shared, u32 rank, u32 v) {   // in a block of the clu
   asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.u32 [a], %2; }"
                :: "r"(shared), "r"(rank), "r"(v) : "memory");
 }
-DEVICE u32 half_pair(float low, float high) {
-  u32 d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
 
 // Eight inputs of a row, zeros past its end.
 DEVICE uint4 read(const u16* row, int first, int in_features, bool wide) {
@@ -57,17 +53,6 @@ DEVICE uint4 read(const u16* row, int first, int in_features, bool wide) {
 }
 DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// What is added to the four sums of two inputs, a + b, a - b and their negatives, so that all are nearly halves.
-// The smaller of the two, rounded: then one of the four is 0, two are as exact as their distance to it, a or b
-// twice, and what is rounded is shared by the other two. Where the smaller one is rounded by much and the larger
-// one is of the same magnitude, half a unit of both: what remains is at most as much as was missing to half a unit.
-DEVICE float shift_of(float sum, float difference) {
-  const float small = fabsf(sum) < fabsf(difference) ? sum : difference;
-  const float rounded = half_to_float(float_to_half(small));
-  const float unit = __uint_as_float(__float_as_uint(sum) & 0x7F800000u) * (1.f / 2048.f);   // half of the last place
-  const bool alike = ((__float_as_uint(sum) ^ __float_as_uint(difference)) & 0x7F800000u) == 0;
-  return alike && fabsf(rounded - small) > 0.6f * unit ? unit : rounded;
-}
 DEVICE u32 two_halves(float v) {   // a number as a half and what that leaves
   const float high = half_to_float(float_to_half(v));
   return half_pair(high, v - high);

@@ -27,6 +27,7 @@
 // dynamic shared memory: see `sparse_sizes` in sparse_plans.py.
 
 #include "hopper.cuh"
+#include "places.cuh"
 
 struct Arguments {
   const char* planes;      // see common.cuh
@@ -60,25 +61,8 @@ DEVICE void copy16(u32 shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" :: "r"(shared), "l"(global) : "memory");
 }
 DEVICE u32 larger_pair(u32 a, u32 b) { u32 d; asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
-DEVICE u32 half_pair(float low, float high) {
-  u32 d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
 
 DEVICE u32 add_halves(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
-
-// What is added to the four sums of two inputs, a + b, a - b and their negatives, so that all are nearly halves.
-// The smaller of the two, rounded: then one of the four is 0, two are as exact as their distance to it, a or b
-// twice, and what is rounded is shared by the other two. Where the smaller one is rounded by much and the larger
-// one is of the same magnitude, half a unit of both: what remains is at most as much as was missing to half a unit.
-DEVICE float shift_of(float sum, float difference) {
-  const float small = fabsf(sum) < fabsf(difference) ? sum : difference;
-  const float rounded = half_to_float(float_to_half(small));
-  const float unit = __uint_as_float(__float_as_uint(sum) & 0x7F800000u) * (1.f / 2048.f);   // half of the last place
-  const bool alike = ((__float_as_uint(sum) ^ __float_as_uint(difference)) & 0x7F800000u) == 0;
-  return alike && fabsf(rounded - small) > 0.6f * unit ? unit : rounded;
-}
 
 // 16 rows by 16 numbers of each, whose places are in the words of lanes 0 and 1 of every four (PLACES_OF 0), or of
 // 2 and 3. The numbers of a row are the same two in turn: a[0] and a[2] of rows g, a[1] and a[3] of rows g + 8.
