@@ -31,6 +31,17 @@ DEVICE void touch(const float* p) {
   asm volatile("{ .reg .f32 v; ld.global.f32 v, [%0]; }" :: "l"(p));
 }
 
+// Results of four rows from `row` on, of which there are `rows`; y is where the first of them lies.
+DEVICE void store_four(u16* y, const u16 (&out)[4], int row, int rows) {
+  if (row + 4 <= rows && ((u64)y & 7) == 0) {
+    *(uint2*)y = make_uint2((u32)out[0] | (u32)out[1] << 16, (u32)out[2] | (u32)out[3] << 16);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (row + i < rows) y[i] = out[i];
+  }
+}
+
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");

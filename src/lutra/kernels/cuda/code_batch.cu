@@ -610,14 +610,7 @@ code_batch(const __grid_constant__ Arguments p) {
     u16 out[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) out[i] = float_to_x(fmaf(values[i], factors[token], bias[i]));
-    u16* y = p.y + token * p.y_stride + y_row;
-    if (y_row + 4 <= p.rows && ((u64)y & 7) == 0) {
-      *(uint2*)y = make_uint2((u32)out[0] | (u32)out[1] << 16, (u32)out[2] | (u32)out[3] << 16);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (y_row + i < p.rows) y[i] = out[i];
-    }
+    store_four(p.y + token * p.y_stride + y_row, out, y_row, p.rows);
   }
   cluster_sync();   // no block leaves while another reads its sums
 }

@@ -161,12 +161,7 @@ flat_few(const __grid_constant__ Arguments p) {
       out[j] = rounded<Y_BF16>(
         dequantized<WEIGHT_BITS>(total[j], step, p.scale[at], bias_of(p.bias, p.bias_kind, at)));
     }
-    if (feature + n + 4 <= p.features && ((u64)y & 7) == 0) {
-      *(uint2*)y = make_uint2((u32)out[0] | (u32)out[1] << 16, (u32)out[2] | (u32)out[3] << 16);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; j++) if (feature + n + j < p.features) y[j] = out[j];
-    }
+    store_four(y, out, feature + n, p.features);
   }
   cluster_sync();   // no block leaves while another reads its sums
 }

@@ -494,14 +494,7 @@ stream_linear(const __grid_constant__ Arguments p) {
         const float bias = p.bias && y_row + i < p.rows ? x_to_float(p.bias[y_row + i]) : 0.f;
         out[i] = float_to_x(values[i] + bias);
       }
-      u16* y = p.y + token * p.y_stride + y_row;
-      if (y_row + 4 <= p.rows && ((u64)y & 7) == 0) {
-        *(uint2*)y = make_uint2((u32)out[0] | (u32)out[1] << 16, (u32)out[2] | (u32)out[3] << 16);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (y_row + i < p.rows) y[i] = out[i];
-      }
+      store_four(p.y + token * p.y_stride + y_row, out, y_row, p.rows);
     }
     cluster_arrive_without();   // the sums have been read, as results were made of them
   }
