@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lutra.kernels.cuda.launch import Card
-from lutra.kernels.cuda.layout import ITEM_INPUTS, Layout
+from lutra.kernels.cuda.layout import ITEM_INPUTS, Layout, is_short
 
 CODE_BATCH_TOKENS = (8, 16, 32, 64)  # widths that are compiled
 #: Most warpgroups of a block whose registers suffice, by their blocks of 64 rows and by width.
@@ -85,9 +85,7 @@ def code_batch_fits(
     return (
         device.capability == (9, 0)
         and (uniform or layout.bits == 1)
-        and layout.bits <= 4
-        and layout.group >= 128
-        and scale_bytes == 2
+        and is_short(layout, scale_bytes)
         and layout.items * ITEM_INPUTS <= MOST_INPUTS
         and tokens <= plan.tokens in CODE_BATCH_TOKENS
         and plan.tall in MOST_GROUPS

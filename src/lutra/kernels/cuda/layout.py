@@ -129,3 +129,8 @@ def from_kernel_order(prepared: list[Tensor], layout: Layout, group_size: int) -
         layout.inputs,
         group_size,
     )
+
+
+def is_short(layout: Layout, scale_bytes: int) -> bool:
+    """Up to 4 bits, groups of 128 and more, scales in half: what several kernels of Hopper take."""
+    return layout.bits <= 4 and layout.group >= 128 and scale_bytes == 2

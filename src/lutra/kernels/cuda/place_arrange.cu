@@ -16,6 +16,7 @@
 
 #include "hopper.cuh"
 #include "places.cuh"
+#include "arranging.cuh"
 
 constexpr int MOST_WARPS = 32, MOST_BLOCKS = 8, TOGETHER = 4;   // tokens of a cluster
 constexpr int PRODUCT_BYTES = TOKENS * 64, X_SUMS = 8 * PRODUCT_BYTES, X_BYTES = X_SUMS + TOKENS * 32;
@@ -28,30 +29,6 @@ struct Arguments {
   int tokens, in_features, slices;
   int flags;               // of `place_batch.cu`, which follow the factors: set to 0
 };
-
-DEVICE u32 largest_of(u32 a, u32 b) {   // of 16-bit numbers
-  u32 d;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-DEVICE void store_word(u32 shared, u32 rank, u32 v) {   // in a block of the cluster
-  asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.u32 [a], %2; }"
-               :: "r"(shared), "r"(rank), "r"(v) : "memory");
-}
-
-// Eight inputs of a row, zeros past its end.
-DEVICE uint4 read(const u16* row, int first, int in_features, bool wide) {
-  if (wide && first + 8 <= in_features) return *(const uint4*)(row + first);
-  u32 v[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int at = first + 2 * i;
-    const u32 low = at < in_features ? row[at] : 0, high = at + 1 < in_features ? row[at + 1] : 0;
-    v[i] = low | high << 16;
-  }
-  return make_uint4(v[0], v[1], v[2], v[3]);
-}
-DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 DEVICE u32 two_halves(float v) {   // a number as a half and what that leaves
   const float high = half_to_float(float_to_half(v));

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lutra.kernels.cuda.launch import Card
-from lutra.kernels.cuda.layout import Layout
+from lutra.kernels.cuda.layout import Layout, is_short
 
 PLACE_BATCH_TOKENS = (16, 32, 64)  # widths that are compiled
 LEAST_TOKENS = 5  # fewer have kernels of their own
@@ -118,9 +118,8 @@ def place_batch_fits(
     return (
         device.capability == (9, 0)
         and not uniform
-        and 2 <= layout.bits <= 4
-        and layout.group >= 128
-        and scale_bytes == 2
+        and layout.bits > 1
+        and is_short(layout, scale_bytes)
         and places_held(layout) <= MOST_HELD
         and tokens <= plan.tokens in PLACE_BATCH_TOKENS
         and (plan.tall, plan.tokens) in MOST_GROUPS

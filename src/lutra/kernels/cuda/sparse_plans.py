@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lutra.kernels.cuda.launch import Card
-from lutra.kernels.cuda.layout import TILE_ROWS, Layout
+from lutra.kernels.cuda.layout import TILE_ROWS, Layout, is_short
 
 SPARSE_TOKENS = (8,)  # widths that are compiled
 SPARSE_BITS = (2, 3, 4)
@@ -166,8 +166,7 @@ def sparse_fits(
         device.capability == (9, 0)
         and not uniform
         and layout.bits in SPARSE_BITS
-        and layout.group >= 128
-        and scale_bytes == 2
+        and is_short(layout, scale_bytes)
         and tokens <= plan.tokens in SPARSE_TOKENS
         and plan.tiles in (1, 2, 4)
         and 1 <= plan.warps <= 24

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lutra.kernels.cuda.launch import Card
-from lutra.kernels.cuda.layout import TILE_ROWS, Layout
+from lutra.kernels.cuda.layout import TILE_ROWS, Layout, is_short
 
 STREAM_TOKENS = (8, 16)  # widths that are compiled
 ARRANGERS = 4  # warps of a block that put x in order, each a slice of a chunk
@@ -138,9 +138,7 @@ def stream_fits(
     return (
         device.capability == (9, 0)
         and (uniform or layout.bits == 1)
-        and layout.bits <= 4
-        and layout.group >= 128
-        and scale_bytes == 2
+        and is_short(layout, scale_bytes)
         and tokens <= plan.tokens in STREAM_TOKENS
         and plan.tiles in MOST_WARPS
         and 8 <= plan.warps <= MOST_WARPS[plan.tiles]
