@@ -26,7 +26,7 @@ _PARTS = (
     ("activation", r"token_activation|silu|relu"),
     (
         "linear",
-        r"_linear|arrange|^code_|^place_|^choice_|^flat_|^float_|dequantize|gemm|gemv|nvjet|cutlass|splitK"
+        r"_linear|arrange|^code_|^place_|^flat_|^float_|dequantize|gemm|gemv|nvjet|cutlass|splitK"
         r"|cublas|xmma",
     ),
     ("choice of the token", r"ArgMax|argmax|reduce_kernel"),

@@ -282,11 +282,7 @@ code_batch(const __grid_constant__ Arguments p) {
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   const u32 ring = shared_address(shared);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, GROUPS * 4);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    init_ring(full, empty, STAGES, GROUPS * 4);
   }
   __syncthreads();
   let_next_kernel_start();

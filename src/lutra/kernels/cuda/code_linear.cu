@@ -142,11 +142,7 @@ code_linear(const __grid_constant__ Arguments p) {
   const int near = min(p.near_tiles, p.token_tiles - far * p.near_tiles);
   const int row_block = inside / near, token_tile = far * p.near_tiles + inside % near;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, WARPGROUPS * 4);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    init_ring(full, empty, STAGES, WARPGROUPS * 4);
   }
   __syncthreads();
   let_next_kernel_start();

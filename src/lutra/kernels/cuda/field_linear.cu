@@ -168,11 +168,7 @@ field_linear(const __grid_constant__ Arguments p) {
   const int begin = (int)((long long)slices * part / parts), end = (int)((long long)slices * (part + 1) / parts);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, THREADS / 32);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    init_ring(full, empty, STAGES, THREADS / 32);
   }
   __syncthreads();
   let_next_kernel_start();

@@ -3,6 +3,14 @@
 DEVICE void barrier_init(u32 barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
 }
+// Barriers of a ring of stages, by one thread: one arrival fills a stage, `readers` empty it.
+DEVICE void init_ring(u32 full, u32 empty, int stages, int readers) {
+  for (int s = 0; s < stages; s++) {
+    barrier_init(full + 8 * s, 1);
+    barrier_init(empty + 8 * s, readers);
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 DEVICE void barrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(barrier) : "memory");
 }

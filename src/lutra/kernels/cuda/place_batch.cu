@@ -212,11 +212,7 @@ place_batch(const __grid_constant__ Arguments p) {
   const int slices = p.items * 2, first = p.shares.first(blockIdx.x), last = p.shares.first(blockIdx.x + 1);
   const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, GROUPS * 4);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    init_ring(full, empty, STAGES, GROUPS * 4);
   }
   __syncthreads();
   let_next_kernel_start();
